@@ -1,0 +1,1 @@
+"""Who got what: the table of priorities, quotas and counts. Numbers only."""
