@@ -6,6 +6,7 @@ a cycle, is restored from bytes, and goes on.
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn, serialization
 from flax.training.train_state import TrainState
@@ -20,7 +21,7 @@ class ResidualMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(64)(x.reshape(len(x), -1))
-        for _ in range(4):
+        for _ in range(3):
             x = x + nn.Dense(64)(nn.relu(nn.LayerNorm()(x)))
         return nn.Dense(self.classes)(x)
 
@@ -47,6 +48,7 @@ def main():
     depths = infer_depths(model.apply, params, data.train_images[:1])
     tx = prioritize(optax.adamw(1e-3), budget=0.5, depths=depths)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    state = state.replace(step=jnp.int32(0))  # an int would be traced once more
 
     for batch in batches(*data[:2], size=64, steps=steps, seed=args.seed):
         state, loss = train_step(state, *batch)

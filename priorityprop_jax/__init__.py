@@ -13,7 +13,7 @@ from ._schedule import schedule as schedule
 from ._scores import Score as Score, ScoreInputs as ScoreInputs
 from ._transform import active as active, priority_prop as priority_prop
 from ._units import unit_axes as unit_axes
-# from .report import priority_report as priority_report, PriorityReport as PriorityReport
+from .report import priority_report as priority_report, PriorityReport as PriorityReport
 
 
 __version__ = _version("priorityprop_jax")

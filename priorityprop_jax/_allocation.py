@@ -14,14 +14,14 @@ it stands for is ``mantissa * 2**exponent``. Scores are summed as integers in un
 of 2**-32 of the mantissa's last place at a reference exponent, 56 bits wide.
 """
 
-from collections.abc import Callable, Sequence
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 from . import _exact as exact
 from ._checks import check_bounds, check_count, check_name
@@ -387,13 +387,15 @@ def _separate(units, words, tied, count):
         left, right, _ = state
         middle = left + (right - left) // 2
         total = above(middle)
-        left = jnp.where(total < count, left, jnp.where(total > count, middle + 1, middle))
+        left = jnp.where(
+            total < count, left, jnp.where(total > count, middle + 1, middle)
+        )
         return left, jnp.where(total <= count, middle, right), total
 
-    most = [jnp.max(jnp.where(t, w, 0), initial=0) for w, t in zip(words, tied, strict=True)]
+    most = [
+        jnp.max(jnp.where(t, w, 0), initial=0) for w, t in zip(words, tied, strict=True)
+    ]
     most = functools.reduce(jnp.maximum, most)
     state = jnp.where(count == 0, most, u32(0)), most, count + 1
-    left, _, _ = lax.while_loop(
-        lambda s: (s[0] < s[1]) & (s[2] != count), step, state
-    )
+    left, _, _ = lax.while_loop(lambda s: (s[0] < s[1]) & (s[2] != count), step, state)
     return left, above(left)

@@ -1,10 +1,10 @@
 """What `budget` means: a number of updates per cycle, a share, or a schedule."""
 
-from fractions import Fraction
 import math
 import numbers
-from typing import Any
 import warnings
+from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ def check_budget(budget: Any) -> None:
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"{allowed}, got {budget!r}")
     if isinstance(budget, numbers.Integral):
-        if not 1 <= budget < 2**31:
+        if not 1 <= int(budget) < 2**31:
             raise ValueError(f"{allowed}; integers must be in [1, 2**31), got {budget}")
-    elif not 0 < budget <= 1:
+    elif not 0 < float(budget) <= 1:
         raise ValueError(f"{allowed}, got {budget!r}")
 
 

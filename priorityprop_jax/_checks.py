@@ -1,12 +1,13 @@
 """Errors for people: what was given, what is allowed, and where in the tree."""
 
-from collections.abc import Sequence
 import difflib
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -47,7 +48,7 @@ def check_count(
             f"{argument} must be an integer, got {value!r} of type "
             f"{type(value).__name__}"
         )
-    if not least <= value <= most:
+    if not least <= int(value) <= most:
         raise ValueError(f"{argument} must be in [{least}, {most}], got {value!r}")
 
 

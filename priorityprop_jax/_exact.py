@@ -8,8 +8,8 @@ past infinity: the exponent field just gets wider.
 """
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 
 Words = tuple[jax.Array, ...]

@@ -6,15 +6,15 @@ leaves no longer step together. A leaf is updated by showing the inner optimizer
 tree in which all other leaves are masked out.
 """
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from ._checks import check_name
 from ._priority import (
@@ -159,7 +159,8 @@ def prioritize(
 
     def init_fn(params):
         priority = init_priority(settings, params)
-        rested = () if resting == "keep" else jax.tree.map(jnp.zeros_like, priority.counts)
+        counts = priority.counts
+        rested = () if resting == "keep" else jax.tree.map(jnp.zeros_like, counts)
         return PrioritizeState(priority, _init_inner(inner, params), rested)
 
     def step(updates, state, params, extra_args):
@@ -178,8 +179,10 @@ def prioritize(
             due=turn.multiplicities,
             rested=None if resting == "keep" else _by_leaf(turn, state.rested),
         )
-        together = settings.is_full(turn.where.size) and job.grads
-        out, inner_state = _run_together(job, updates, params) if together else _run(job)
+        if settings.is_full(turn.where.size) and job.grads:
+            out, inner_state = _run_together(job, updates, params)
+        else:
+            out, inner_state = _run(job)
         rested = jax.tree.unflatten(
             jax.tree.structure(state.rested),
             map(_rest, jax.tree.leaves(state.rested), turn.given),
@@ -365,9 +368,10 @@ def _start(job: _Job, i: int) -> _Progress:
     shared = [x[i] for x, owner in stacked if owner == _SHARED]
     g = job.grads[i]
     dtype = None
-    if job.params is not None and job.params[i].dtype != g.dtype:
+    p = None if job.params is None else job.params[i]
+    if p is not None and p.dtype != g.dtype:  # the updates may have either type
         fresh = _Progress(g, own, shared)
-        dtype = jax.eval_shape(lambda: _call(job, i, g, fresh, job.params[i])).total.dtype
+        dtype = jax.eval_shape(lambda: _call(job, i, g, fresh, p)).total.dtype
     return _Progress(jnp.zeros_like(g, dtype=dtype), own, shared)
 
 
@@ -429,9 +433,7 @@ def _call(job: _Job, i: int, g: Any, at: _Progress, p: Any) -> _Progress:
 
 
 def _cast(new: list[Any], old: list[Any]) -> list[jax.Array]:
-    return [
-        lax.convert_element_type(x, y.dtype) for x, y in zip(new, old, strict=True)
-    ]
+    return [lax.convert_element_type(x, y.dtype) for x, y in zip(new, old, strict=True)]
 
 
 def _select(on: Any, new: _Progress, old: _Progress) -> _Progress:
@@ -495,7 +497,9 @@ def _collect(job: _Job, done: dict[int, _Progress]) -> list[jax.Array]:
         if owner == _GLOBAL:
             out.append(next(of_step))
         else:
-            out.append(jnp.stack(next(shared)) if owner == _SHARED else next(own[owner]))
+            out.append(
+                jnp.stack(next(shared)) if owner == _SHARED else next(own[owner])
+            )
     return out
 
 

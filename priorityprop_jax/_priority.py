@@ -4,17 +4,17 @@
 `advance` is one step: it returns how many updates each unit gets now.
 """
 
-from collections.abc import Callable
 import functools
 import numbers
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from . import _units
 from ._allocation import allocate_leaves, allocate_vector, ALLOCATIONS, positions
@@ -69,7 +69,7 @@ class Settings(NamedTuple):
     recalc_every: int
     units: Any
     magnitude: str
-    score: Score
+    score: Any
     depth_factor: Any
     depth_from: str
     depths: Any
@@ -125,7 +125,7 @@ def _check_depth_factor(depth_factor: Any) -> None:
         )
     if _is_scalar(depth_factor) or isinstance(depth_factor, str):
         check_finite("depth_factor", depth_factor)
-        if not is_traced(depth_factor) and depth_factor < 0:
+        if not is_traced(depth_factor) and float(depth_factor) < 0:
             raise ValueError(f"depth_factor must be at least 0, got {depth_factor!r}")
 
 
@@ -221,6 +221,7 @@ def _is_scalar(x: Any) -> bool:
     if is_traced(x) or isinstance(x, jax.Array):
         return x.ndim == 0
     return isinstance(x, numbers.Real)
+
 
 class Turn(NamedTuple):
     """What `advance` decided for one step."""
@@ -403,7 +404,9 @@ def _bad_per_leaf(where, finite: list[jax.Array]) -> jax.Array:
     return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.int32)
 
 
-def find_state(opt_state: optax.OptState, index: int | None = None) -> PriorityPropState:
+def find_state(
+    opt_state: optax.OptState, params: optax.Params, index: int | None = None
+) -> PriorityPropState:
     """The one `PriorityPropState` in a chain or wrapper, or the one at `index`."""
     is_ours = lambda x: isinstance(x, PriorityPropState)
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
@@ -422,7 +425,15 @@ def find_state(opt_state: optax.OptState, index: int | None = None) -> PriorityP
             f"index must be in [0, {len(found)}), as opt_state holds {len(found)} "
             f"PriorityPropStates, got {index}"
         )
-    return _unwrap(found[index or 0])
+    state = _unwrap(found[index or 0])
+    leaves = len(jax.tree.leaves(params))
+    if leaves != state.sizes.size:
+        raise ValueError(
+            f"params has {leaves} leaves, but the PriorityPropState was initialized "
+            f"for {state.sizes.size}; under optax.masked or optax.partition pass the "
+            f"params with optax.MaskedNode() at the other leaves"
+        )
+    return state
 
 
 def _unwrap(state: PriorityPropState) -> PriorityPropState:
@@ -434,7 +445,7 @@ def _unwrap(state: PriorityPropState) -> PriorityPropState:
     return state._replace(**single)
 
 
-def by_leaf(state: PriorityPropState, statistic: Any) -> list[jax.Array]:
+def by_leaf(state: PriorityPropState, statistic: Any) -> list[np.ndarray]:
     """A per-unit statistic of a found state, as one flat array per leaf. On the host.
 
     Element units have one array per leaf already; else the vector is cut.

@@ -41,9 +41,9 @@ def schedule(quotas: jax.typing.ArrayLike, recalc_every: int) -> jax.Array:
       >>> from priorityprop_jax import schedule
       >>> print(schedule(jnp.array([1, 3, 6]), recalc_every=4))
       [[1 1 2]
-       [0 0 1]
+       [0 1 1]
        [0 1 2]
-       [0 1 1]]
+       [0 0 1]]
     """
     check_count("recalc_every", recalc_every, least=1, static=True)
     quotas = jnp.asarray(quotas)

@@ -6,9 +6,9 @@ The rule is in `_priority`; this file is the optax transformation around it.
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from ._priority import (
     advance,
@@ -16,7 +16,6 @@ from ._priority import (
     DepthFactor,
     find_state,
     init_priority,
-    PriorityPropState,
     Settings,
 )
 from ._schedule import multiplicity
@@ -60,7 +59,7 @@ def priority_prop(
       Adam are multiplied, which is what "m updates" means to first order. Scores are
       then made from Adam's steps, which differ little between units.
 
-    For units that truly rest, with `optimizer` state that rests with them, use
+    For units that truly rest, with optimizer state that rests with them, use
     `prioritize`.
 
     Args:
@@ -183,15 +182,8 @@ def active(
       >>> active(state, params)
       {'a': Array(True, dtype=bool), 'b': Array(False, dtype=bool)}
     """
-    state = find_state(opt_state, index)
-    kind = jax.tree.structure(params)
+    state = find_state(opt_state, params, index)
     n = state.sizes.size
-    if kind.num_leaves != n:
-        raise ValueError(
-            f"params has {kind.num_leaves} leaves, but the PriorityPropState was "
-            f"initialized for {n}; under optax.masked or optax.partition pass the "
-            f"masked params"
-        )
     r = state.step % state.rank.size
     due = [multiplicity(q, state.rank, r) > 0 for q in jax.tree.leaves(state.quotas)]
     if len(due) == n:
@@ -200,4 +192,4 @@ def active(
         owner = jnp.repeat(jnp.arange(n), state.sizes, total_repeat_length=due[0].size)
         hits = jax.ops.segment_sum(due[0].astype(jnp.int32), owner, n)
         used = [hits[i] > 0 for i in range(n)]
-    return jax.tree.unflatten(kind, [u | (r == 0) for u in used])
+    return jax.tree.unflatten(jax.tree.structure(params), [u | (r == 0) for u in used])

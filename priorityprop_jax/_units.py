@@ -6,9 +6,9 @@ arrays shaped like their leaves. State is found by position alone: some framewor
 give `init` other paths than `update`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
 import itertools
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,8 +90,7 @@ def layout(params: optax.Params, units: Any) -> Layout:
             given = _broadcast("units", units, keys, absent, _is_axes)
         axes = tuple(map(_check_axes, paths, shapes, given))
         counts = [
-            math.prod(s[a] for a in kept)
-            for s, kept in zip(shapes, axes, strict=True)
+            math.prod(s[a] for a in kept) for s, kept in zip(shapes, axes, strict=True)
         ]
     offsets = (0, *itertools.accumulate(counts))
     return Layout(paths, keys, shapes, axes, offsets)
@@ -115,7 +114,7 @@ def match_tree(argument: str, tree: Any, params: optax.Params) -> list[Any]:
     ]
 
 
-def _difference(a, b, keys, found) -> str:
+def _difference(a: Any, b: Any, keys: Any, found: Any) -> str:
     if a is not None and a not in found:
         return f"has no entry for params{_print(a)}"
     if b is not None and b not in keys:
@@ -123,9 +122,7 @@ def _difference(a, b, keys, found) -> str:
     return f"has {_print(b)} where the params have {_print(a)}"
 
 
-def check_layout(
-    where: Layout, leaves: int, shapes: Sequence[tuple[int, ...]]
-) -> None:
+def check_layout(where: Layout, leaves: int, shapes: Sequence[tuple[int, ...]]) -> None:
     """Raises unless updates have the leaves and units that a state was made for.
 
     `shapes` are those of the state's counts.
@@ -229,7 +226,7 @@ def _normalize(path: tuple) -> tuple:
     )
 
 
-def _print(key: tuple) -> str:
+def _print(key: Any) -> str:
     return "".join(f"[{part!r}]" for part in key)
 
 
