@@ -3,20 +3,21 @@
 Clipping by the global norm needs the gradients of all parameters at once, so it stands
 in front of `prioritize`, which gives each parameter its own AdamW. The cosine schedule
 follows the steps of the run, not the updates of a parameter: a layer that has rested is
-at the same learning rate as one that has not.
+at the same learning rate as one that has not. The attributes of an nnx module come in
+alphabetical order, so the depths are read off the computation.
 """
 
 import optax
 from flax import nnx
 
 from _data import argument_parser, batches, load_images
-from priorityprop_jax import prioritize, priority_report
+from priorityprop_jax import infer_depths, prioritize, priority_report
 
 
 class CNN(nnx.Module):
     def __init__(self, classes: int, *, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(32, rngs=rngs)
         self.conv3 = nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs)
         self.head = nnx.Linear(64, classes, rngs=rngs)
@@ -43,14 +44,20 @@ def train_step(model: CNN, optimizer: nnx.Optimizer, images, labels):
 def main():
     parser = argument_parser(__doc__)
     args = parser.parse_args()
-    steps = 30 if args.quick else 1500
+    steps = 30 if args.quick else 600
     data = load_images(args.data_dir)
 
     model = CNN(data.classes, rngs=nnx.Rngs(args.seed))
+    model.eval()  # BatchNorm uses its running averages, and leaves them as they are
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+    predict = lambda params, images: nnx.merge(graph, params, others)(images)
+    depths = infer_depths(predict, params, data.train_images[:1])
+    model.train()
+
     learning_rate = optax.cosine_decay_schedule(3e-3, decay_steps=steps)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        prioritize(optax.adamw(learning_rate), budget=0.5),
+        prioritize(optax.adamw(learning_rate), budget=0.5, depths=depths),
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -60,7 +67,7 @@ def main():
         if step in (1, steps):
             print(f"step {step}: loss {loss:.3f}")
 
-    model.eval()  # BatchNorm uses its running averages
+    model.eval()
     logits = nnx.jit(lambda model, x: model(x))(model, data.test_images)
     accuracy = (logits.argmax(-1) == data.test_labels).mean()
     print(f"test accuracy {accuracy:.2%}\n")

@@ -190,7 +190,7 @@ def _solve(
 
 def _lift_zeros(units, ordered, budget, low, high):
     """Where the positive scores cannot take the budget, zeros share the rest."""
-    ((count, _),) = _sums(units, [(u32(b > 0),) for b in units.bits], (1,))
+    count = _count(units, [b > 0 for b in units.bits])
     most = exact.add(
         exact.mul32(count, high), exact.mul32(u32(units.size) - count, low)
     )
@@ -219,9 +219,10 @@ def _thresholds(units, ordered, budget, low, high):
         """Whether the rate ``factor / probe`` spends no more than the budget."""
         count_low, count_high, share = _tally(units, bottom, top, window)
         bounded = exact.add(exact.mul32(count_high, high), exact.mul32(count_low, low))
-        unit = exact.fixed_point(probe, window)
-        spent = exact.add(exact.mul((factor,), share, 4), exact.mul(bounded, unit, 4))
-        return ~exact.less(exact.mul((budget,), unit, 4), spent)
+        rest = exact.scale(budget - bounded[0], exact.fixed_point(probe, window))
+        spent = exact.scale(factor, share)
+        over = exact.less((budget, u32(0)), bounded)
+        return ~over & ~exact.less((*rest, u32(0)), spent)
 
     def top_is_affordable(i):
         t = jnp.maximum(candidate(i), 1)
@@ -271,8 +272,8 @@ def _tally(units: Units, bottom, top, window):
 
     values = [terms(b, i) for b, i in zip(units.bits, units.index, strict=True)]
     a, b, c, up, between = _sums(units, values, (16, 16, 24, 1, 1))
-    b = exact.shift_left(b, jnp.int32(16), 3)
-    share = exact.add(exact.add(exact.widen(a, 3), b), (u32(0), *c))
+    b = (b[0] << 16, b[0] >> 16 | b[1] << 16, b[1] >> 16)
+    share = exact.add(exact.add((*a, u32(0)), b), (u32(0), *c))
     return u32(units.size) - up[0] - between[0], up[0], share
 
 
@@ -299,12 +300,13 @@ def _add_each(x, y):
 
 
 def _sum(x: jax.Array, width: int) -> Words:
-    limb = 32 - (max(x.size, 2) - 1).bit_length()
+    limb = 32 - (max(x.size, 1) - 1).bit_length()
     out = (u32(0), u32(0))
     for at in range(0, width, limb):
-        part = (x >> at) & ((1 << min(limb, width - at)) - 1)
+        part = (x >> at) & u32((1 << min(limb, width - at)) - 1)
         total = jnp.sum(part, dtype=jnp.uint32)
-        out = exact.add(out, exact.mul32(total, u32(1 << at)))
+        high = total >> (32 - at) if at else jnp.zeros_like(total)
+        out = exact.add(out, (total << at, high)) if at else (total, high)
     return out
 
 
@@ -317,7 +319,7 @@ def _round(units, budget, low, high, bottom, top, window) -> list[jax.Array]:
 
     def floor(bits, index):
         fixed = exact.fixed_point(jnp.minimum(bits, window), window)
-        quotient, remainder = _divide(exact.mul((rest,), fixed, 3), share)
+        quotient, remainder = _divide(exact.scale(rest, fixed), share)
         # Scores too small for the window are told apart by the scores themselves.
         cut = exact.exponent(window) > exact.exponent(bits) + 32
         keys = (*reversed(remainder), jnp.where(cut, bits, 0), ~index)
@@ -337,25 +339,15 @@ def _round(units, budget, low, high, bottom, top, window) -> list[jax.Array]:
 
 
 def _divide(x: Words, y: Words) -> tuple[jax.Array, Words]:
-    """Quotient (below 2**31) and remainder of three words: guess, refine, correct."""
-    scale = exact.to_float(y)
-    q = jnp.floor(exact.to_float(x) / scale).astype(jnp.int32)
-    r = exact.sub(x, exact.mul(y, (u32(q),), 3))
-    negative = exact.is_negative(r)
-    size = exact.to_float(_where(negative, exact.negate(r), r))
-    step = jnp.floor(size / scale).astype(jnp.int32)
-    step = jnp.where(negative, -step, step)
-    q, r = q + step, exact.sub(r, exact.mul(exact.signed(step), y, 3))
-    for _ in range(2):
-        negative = exact.is_negative(r)
-        over = ~negative & ~exact.less(r, y)
-        q = q + over.astype(jnp.int32) - negative.astype(jnp.int32)
-        r = _where(negative, exact.add(r, y), _where(over, exact.sub(r, y), r))
-    return u32(q), r
-
-
-def _where(condition: jax.Array, x: Words, y: Words) -> Words:
-    return tuple(jnp.where(condition, a, b) for a, b in zip(x, y, strict=True))
+    """Quotient (below 2**31) and remainder of three words, by guesses from below."""
+    inverse = (1.0 - 2.0**-19) / exact.to_float(y)
+    q = u32(jnp.floor(exact.to_float(x) * inverse))
+    r = exact.sub(x, exact.scale(q, y)[:3])
+    step = u32(jnp.floor(exact.to_float(r) * inverse))
+    q, r = q + step, exact.sub(r, exact.scale(step, y)[:3])
+    more, rest = ~exact.less(r, y), exact.sub(r, y)
+    r = tuple(jnp.where(more, a, b) for a, b in zip(rest, r, strict=True))
+    return q + u32(more), r
 
 
 def _largest(units, keys, free, count) -> list[jax.Array]:
@@ -364,38 +356,41 @@ def _largest(units, keys, free, count) -> list[jax.Array]:
     Keys are tuples of words, compared in order; no two are equal. For each word in
     turn counting finds the value that separates those in from those still tied.
     """
-    chosen, tied = [jnp.zeros_like(f) for f in free], list(free)
-    for level in range(len(keys[0])):
-        words = [k[level] for k in keys]
-        threshold, taken = _separate(units, words, tied, count)
-        for i, word in enumerate(words):
-            chosen[i] = chosen[i] | (tied[i] & (word > threshold))
-            tied[i] = tied[i] & (word == threshold)
-        count = count - taken
+
+    def level(state, words):
+        chosen, tied, count = state
+        threshold = _separate(units, words, tied, count)
+        above = [t & (w > threshold) for w, t in zip(words, tied, strict=True)]
+        chosen = [c | a for c, a in zip(chosen, above, strict=True)]
+        tied = [t & (w == threshold) for w, t in zip(words, tied, strict=True)]
+        return (chosen, tied, count - _count(units, above)), None
+
+    state = [jnp.zeros_like(f) for f in free], list(free), count
+    (chosen, _, _), _ = lax.scan(level, state, [jnp.stack(k) for k in keys])
     return chosen
 
 
-def _separate(units, words, tied, count):
-    """A value with at most `count` words above it, as many as can be, and how many."""
+def _count(units: Units, marks: list[jax.Array]) -> jax.Array:
+    ((total, _),) = _sums(units, [(u32(m),) for m in marks], (1,))
+    return total
 
-    def above(value):
-        marks = [(u32(t & (w > value)),) for w, t in zip(words, tied, strict=True)]
-        ((total, _),) = _sums(units, marks, (1,))
-        return total
+
+def _separate(units, words, tied, count) -> jax.Array:
+    """A value with at most `count` of the tied words above it, and all it can have."""
 
     def step(state):
         left, right, _ = state
         middle = left + (right - left) // 2
-        total = above(middle)
-        left = jnp.where(
-            total < count, left, jnp.where(total > count, middle + 1, middle)
-        )
+        above = [t & (w > middle) for w, t in zip(words, tied, strict=True)]
+        total = _count(units, above)
+        far = jnp.where(total > count, middle + 1, middle)
+        left = jnp.where(total < count, left, far)
         return left, jnp.where(total <= count, middle, right), total
 
-    most = [
+    largest = [
         jnp.max(jnp.where(t, w, 0), initial=0) for w, t in zip(words, tied, strict=True)
     ]
-    most = functools.reduce(jnp.maximum, most)
+    most = functools.reduce(jnp.maximum, largest)
     state = jnp.where(count == 0, most, u32(0)), most, count + 1
-    left, _, _ = lax.while_loop(lambda s: (s[0] < s[1]) & (s[2] != count), step, state)
-    return left, above(left)
+    # Found as soon as one value separates exactly the right number.
+    return lax.while_loop(lambda s: (s[0] < s[1]) & (s[2] != count), step, state)[0]

@@ -21,87 +21,76 @@ def u32(x: jax.typing.ArrayLike) -> jax.Array:
 
 
 def widen(x: Words, n: int) -> Words:
-    """The same number in exactly `n` words (high words are cut off or zero)."""
-    return (x + (jnp.zeros_like(x[0]),) * n)[:n]
+    """The same number in `n` words."""
+    return x + (jnp.zeros_like(x[0]),) * (n - len(x))
 
 
 def add(x: Words, y: Words) -> Words:
     """`x + y`, modulo 2**(32 * words); both have the same number of words."""
-    out, carry = [], jnp.uint32(0)
+    out, carry = [], u32(0)
     for a, b in zip(x, y, strict=True):
-        low = a + b
-        total = low + carry
-        carry = (low < a).astype(jnp.uint32) | (total < low).astype(jnp.uint32)
+        partial = a + b
+        total = partial + carry
+        carry = u32((partial < a) | (total < partial))
         out.append(total)
     return tuple(out)
 
 
-def negate(x: Words) -> Words:
-    """`-x`, in two's complement."""
-    one = (jnp.ones_like(x[0]),) + (jnp.zeros_like(x[0]),) * (len(x) - 1)
-    return add(tuple(~a for a in x), one)
-
-
 def sub(x: Words, y: Words) -> Words:
     """`x - y`, modulo 2**(32 * words)."""
-    return add(x, negate(y))
+    out, borrow = [], u32(0)
+    for a, b in zip(x, y, strict=True):
+        partial = a - b
+        out.append(partial - borrow)
+        borrow = u32((a < b) | (partial < borrow))
+    return tuple(out)
 
 
 def mul32(a: jax.Array, b: jax.Array) -> Words:
-    """The full product of two words."""
+    """The product of two words, in two words."""
     a0, a1, b0, b1 = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
-    low, mid, cross = a0 * b0, a1 * b0, a0 * b1
-    carry = (low >> 16) + (mid & 0xFFFF) + (cross & 0xFFFF)
-    high = a1 * b1 + (mid >> 16) + (cross >> 16) + (carry >> 16)
-    return a * b, high
+    mid, cross = a1 * b0, a0 * b1
+    carry = (a0 * b0 >> 16) + (mid & 0xFFFF) + (cross & 0xFFFF)
+    return a * b, a1 * b1 + (mid >> 16) + (cross >> 16) + (carry >> 16)
 
 
-def mul(x: Words, y: Words, n: int) -> Words:
-    """`x * y` in `n` words."""
-    zero = jnp.zeros_like(x[0] + y[0])
-    out = (zero,) * n
-    for i, a in enumerate(x):
-        for j, b in enumerate(y):
-            if i + j < n:
-                low, high = mul32(a, b)
-                out = add(out, widen((zero,) * (i + j) + (zero + low, zero + high), n))
-    return out
+def scale(a: jax.Array, x: Words) -> Words:
+    """`a * x`, for one word and a number; one word longer than `x`."""
+    out, carry = [], u32(0)
+    for word in x:
+        low, high = mul32(a, word)
+        total = low + carry
+        carry = high + u32(total < low)
+        out.append(total)
+    return (*out, carry)
+
+
+def shift_left(x: jax.Array, bits: jax.Array) -> Words:
+    """`x * 2**bits` for one word, in three words; bits in [0, 64)."""
+    by = bits % 32
+    low, high = x << by, jnp.where(by == 0, u32(0), x >> ((32 - by) % 32))
+    zero, near = u32(0), bits < 32
+    return (
+        jnp.where(near, low, zero),
+        jnp.where(near, high, low),
+        jnp.where(near, zero, high),
+    )
 
 
 def less(x: Words, y: Words) -> jax.Array:
-    """`x < y`, as unsigned numbers."""
-    out = jnp.asarray(False)
-    for a, b in zip(x, y, strict=True):
+    """`x < y`, as unsigned numbers with the same number of words."""
+    out = x[0] < y[0]
+    for a, b in zip(x[1:], y[1:], strict=True):
         out = (a < b) | ((a == b) & out)
     return out
 
 
-def signed(x: jax.Array) -> Words:
-    """An int32 as three words, in two's complement."""
-    high = jnp.where(x < 0, u32(0xFFFFFFFF), u32(0))
-    return u32(x), high, high
-
-
-def is_negative(x: Words) -> jax.Array:
-    """Whether a two's complement number is below zero."""
-    return (x[-1] >> 31) == 1
-
-
 def to_float(x: Words) -> jax.Array:
-    """The nearest float32 or so of an unsigned number (relative error < 2**-21)."""
-    out = jnp.float32(0)
-    for a in reversed(x):
+    """The float32 of an unsigned number, with a relative error below 2**-21."""
+    out = x[-1].astype(jnp.float32)
+    for a in reversed(x[:-1]):
         out = out * jnp.float32(2.0**32) + a.astype(jnp.float32)
     return out
-
-
-def shift_left(x: Words, bits: jax.Array, n: int) -> Words:
-    """`x * 2**bits` in `n` words; `bits` is a traced integer in [0, 32 * n)."""
-    bits = u32(bits)
-    power = tuple(
-        jnp.where(bits // 32 == i, u32(1) << (bits % 32), u32(0)) for i in range(n)
-    )
-    return mul(power, x, n)
 
 
 def mantissa(bits: jax.Array) -> jax.Array:
@@ -140,8 +129,10 @@ def scale_up(bits: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     guess = jnp.where(power >= 1, normal, under)
     # Off by a few units in the last place, depending on the backend: try them all.
     near = guess - jnp.minimum(guess, 6) + lax.iota(jnp.uint32, 13)
-    gap = jnp.clip(e.astype(jnp.int32) - exponent(near).astype(jnp.int32), 0, 63)
-    target = shift_left(mul32(m, a), gap, 4)
+    gap = jnp.maximum(e, exponent(near)) - exponent(near)
+    a0, a1 = mul32(m, a)  # below 2**55, and shifted by as much as a / b is small
+    low, high = shift_left(a0, gap), shift_left(a1, gap)
+    target = add((*low, u32(0)), (u32(0), *high))
     reached = widen(mul32(mantissa(near), b), 4)
     below = less(reached, target) & (near < bits)
     found = near[0] + jnp.sum(below, dtype=jnp.uint32)

@@ -27,13 +27,13 @@ from ._priority import (
     Turn,
 )
 from ._scores import Score
-from ._units import split
+from ._units import Layout, layout, split, unstack
 
 
 RESTING = ("keep", "decay", "reset")
 _SHARED, _GLOBAL = -1, -2
 # Leaves up to this size are selected together instead of branched on one by one.
-_SMALL = 2**14
+_SMALL = 2**16
 _FOREVER = 2**31 - 2
 
 _SCHEDULES = (optax.ScaleByScheduleState,)
@@ -165,24 +165,28 @@ def prioritize(
 
     def step(updates, state, params, extra_args):
         turn, priority = advance(settings, updates, state.priority)
+        owners = _owners(inner, updates)
+        values = jax.tree.leaves(state.inner)
         job = _Job(
             inner=inner,
             extra_args=extra_args,
             most=_most_in_a_row(settings),
             resting=resting,
             kind=jax.tree.structure(updates),
-            owners=_owners(inner, updates),
+            owners=owners,
             state_kind=jax.tree.structure(state.inner),
-            values=jax.tree.leaves(state.inner),
+            values=values,
+            shared=[
+                _entries(x)
+                for x, owner in zip(values, owners, strict=True)
+                if owner == _SHARED
+            ],
             grads=turn.leaves,
-            params=_params_leaves(turn, params),
+            params=_params_leaves(turn.where, turn.leaves, params),
             due=turn.multiplicities,
             rested=None if resting == "keep" else _by_leaf(turn, state.rested),
         )
-        if settings.is_full(turn.where.size) and job.grads:
-            out, inner_state = _run_together(job, updates, params)
-        else:
-            out, inner_state = _run(job)
+        out, inner_state = _run(job)
         rested = jax.tree.unflatten(
             jax.tree.structure(state.rested),
             map(_rest, jax.tree.leaves(state.rested), turn.given),
@@ -191,8 +195,19 @@ def prioritize(
 
     # Inlined where the caller compiles; else compiled once, not at every call.
     compiled = jax.jit(functools.partial(step, extra_args={}))
+    count = jax.jit(lambda updates, state: advance(settings, updates, state)[1])
 
     def update_fn(updates, state, params=None, **extra_args):
+        where = layout(updates, settings.units)
+        if where.paths and settings.is_full(where.size):
+            # Not compiled as a whole: called eagerly, `inner` would round differently.
+            _params_leaves(where, jax.tree.leaves(updates), params)
+            priority = count(updates, state.priority)
+            updates, inner_state = _run_together(
+                inner, updates, state.inner, params, extra_args
+            )
+            rested = jax.tree.map(jnp.zeros_like, state.rested)
+            return updates, PrioritizeState(priority, inner_state, rested)
         if extra_args:
             return step(updates, state, params, extra_args)
         return compiled(updates, state, params)
@@ -211,6 +226,7 @@ class _Job(NamedTuple):
     owners: tuple[int, ...]  # of each value: a leaf, or _SHARED, or _GLOBAL
     state_kind: Any  # treedef of the inner state
     values: list[jax.Array]  # leaves of the inner state
+    shared: list[list[jax.Array]]  # of each that is shared, the entries of the leaves
     grads: list[jax.Array]
     params: list[jax.Array] | None
     due: list[jax.Array]  # multiplicities, broadcast against the leaf
@@ -230,19 +246,22 @@ def _most_in_a_row(settings: Settings) -> int | None:
     return -(-high // settings.recalc_every) if isinstance(high, int) else None
 
 
-def _params_leaves(turn: Turn, params: Any) -> list[jax.Array] | None:
+def _params_leaves(
+    where: Layout, grads: list[jax.Array], params: Any
+) -> list[jax.Array] | None:
     if params is None:
         return None
     leaves = [jnp.asarray(p) for p in jax.tree.leaves(params)]
-    if [p.shape for p in leaves] != [g.shape for g in turn.leaves]:
+    shapes = [jnp.shape(g) for g in grads]
+    if [p.shape for p in leaves] != shapes:
         different = [
             path
-            for path, p, g in zip(turn.where.paths, leaves, turn.leaves, strict=False)
-            if p.shape != g.shape
+            for path, p, shape in zip(where.paths, leaves, shapes, strict=False)
+            if p.shape != shape
         ]
         raise ValueError(
             f"params must match the updates: {len(leaves)} leaves for "
-            f"{len(turn.leaves)}, first different shape at {(different or ['-'])[0]}"
+            f"{len(grads)}, first different shape at {(different or ['-'])[0]}"
         )
     return leaves
 
@@ -323,21 +342,25 @@ def _init_inner(inner: optax.GradientTransformation, params: optax.Params) -> An
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
 
-def _run_together(job: _Job, updates: Any, params: Any) -> tuple[Any, Any]:
+def _run_together(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
     """`inner` itself, bit for bit, where no leaf ever rests."""
-    values = [
-        x[0] if owner == _SHARED else x
-        for x, owner in zip(job.values, job.owners, strict=True)
+    owners, kind = _owners(inner, updates), jax.tree.structure(state)
+    values = jax.tree.leaves(state)
+    plain = [
+        x[0] if owner == _SHARED else x for x, owner in zip(values, owners, strict=True)
     ]
-    state = job.state_kind.unflatten(values)
-    updates, state = job.inner.update(updates, state, params, **job.extra_args)
+    updates, state = inner.update(updates, kind.unflatten(plain), params, **extra_args)
     new = [
         jnp.broadcast_to(x, old.shape) if owner == _SHARED else x
-        for x, old, owner in zip(
-            jax.tree.leaves(state), job.values, job.owners, strict=True
-        )
+        for x, old, owner in zip(jax.tree.leaves(state), values, owners, strict=True)
     ]
-    return updates, job.state_kind.unflatten(new)
+    return updates, kind.unflatten(new)
 
 
 def _run(job: _Job) -> tuple[Any, Any]:
@@ -362,10 +385,14 @@ def _run(job: _Job) -> tuple[Any, Any]:
     return out, job.state_kind.unflatten(_collect(job, done))
 
 
+def _entries(x: jax.Array) -> list[jax.Array]:
+    numbers = x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.number)
+    return unstack(x) if numbers else [x[i] for i in range(x.shape[0])]
+
+
 def _start(job: _Job, i: int) -> _Progress:
     own = [x for x, owner in zip(job.values, job.owners, strict=True) if owner == i]
-    stacked = zip(job.values, job.owners, strict=True)
-    shared = [x[i] for x, owner in stacked if owner == _SHARED]
+    shared = [entries[i] for entries in job.shared]
     g = job.grads[i]
     dtype = None
     p = None if job.params is None else job.params[i]

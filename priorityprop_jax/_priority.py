@@ -104,6 +104,12 @@ def check_settings(settings: Settings) -> Settings:
             "units must be 'leaf', 'element' or a pytree of tuples of axes, got a "
             "function; call unit_axes(params, rule) to make one from a rule"
         )
+    elif is_traced(settings.units) or isinstance(settings.units, jax.Array):
+        raise TypeError(
+            f"units decide shapes and must be 'leaf', 'element' or a pytree of tuples "
+            f"of axes, got {settings.units!r}. Under optax.inject_hyperparams name them "
+            f"in static_args: inject_hyperparams(..., static_args=('units',))"
+        )
     check_name("magnitude", settings.magnitude, MAGNITUDES)
     check_name("depth_from", settings.depth_from, ("loss", "input"))
     check_name("allocation", settings.allocation, ALLOCATIONS)
@@ -124,9 +130,13 @@ def _check_depth_factor(depth_factor: Any) -> None:
             "a function; wrap it: DepthFactor(lambda depths, max_depth: ...)"
         )
     if _is_scalar(depth_factor) or isinstance(depth_factor, str):
-        check_finite("depth_factor", depth_factor)
-        if not is_traced(depth_factor) and float(depth_factor) < 0:
-            raise ValueError(f"depth_factor must be at least 0, got {depth_factor!r}")
+        _check_factor("depth_factor", depth_factor)
+
+
+def _check_factor(argument: str, factor: Any) -> None:
+    check_finite(argument, factor)
+    if not is_traced(factor) and float(factor) < 0:
+        raise ValueError(f"{argument} must be at least 0, got {factor!r}")
 
 
 def init_priority(settings: Settings, params: optax.Params) -> PriorityPropState:
@@ -213,8 +223,8 @@ def _leaf_factors(
         return 1.0 + rate * (depths.astype(jnp.float32) / most.astype(jnp.float32))
     given = _units.match_tree("depth_factor", factor, params)
     for path, value in zip(_units.layout(params, "leaf").paths, given, strict=True):
-        check_finite(f"the depth factor of {path}", value)
-    return jnp.array([float(x) for x in given], jnp.float32)
+        _check_factor(f"the depth factor of {path}", value)
+    return jnp.array(given, jnp.float32)
 
 
 def _is_scalar(x: Any) -> bool:
@@ -393,11 +403,16 @@ def _allocate(settings: Settings, scores, budget) -> list[jax.Array]:
     quotas = allocate_vector(vector, *bounds, method=settings.allocation)
     ends = np.cumsum([s.size for s in scores])[:-1]
     parts = jnp.split(quotas, ends) if scores else []
-    return [q.reshape(s.shape) for q, s in zip(parts, scores, strict=True)]
+    return [
+        _units.shard_like(q.reshape(s.shape), s)
+        for q, s in zip(parts, scores, strict=True)
+    ]
 
 
 def _bad_per_leaf(where, finite: list[jax.Array]) -> jax.Array:
     """How many units of each leaf have a gradient that is not finite."""
+    if where.axes is not None and not any(where.axes):
+        return (~finite[0]).astype(jnp.int32)
     if where.axes is not None:
         finite = _units.split(where, finite[0])
     bad = [jnp.sum(~ok, dtype=jnp.int32) for ok in finite]

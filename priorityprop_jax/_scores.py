@@ -4,6 +4,7 @@ The score of the method is :math:`|g_u| \cdot depth_u / (1 + count_u)`; its riva
 are here under their own names, so that one harness compares them all.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def _cyclic(x: ScoreInputs) -> jax.Array:
 
 
 def _ucb(x: ScoreInputs) -> jax.Array:
-    gain = x.magnitudes / jnp.maximum(x.peak, jnp.finfo(jnp.float32).tiny)
+    gain = _relative(x.magnitudes, x.peak)
     time = jnp.log1p(x.step.astype(jnp.float32))
     return gain + jnp.sqrt(time / (1.0 + x.counts.astype(jnp.float32)))
 
@@ -104,31 +105,35 @@ def magnitude(g: jax.Array, kept: tuple[int, ...] | None, name: str) -> jax.Arra
     underflows that fits into float32. `kept` are the axes that units lie along,
     None for all. Larger than float32 holds is its largest number.
     """
-    info = jnp.finfo(jnp.float32)
+    most = float(jnp.finfo(jnp.float32).max)
     size = jnp.abs(lax.stop_gradient(g))
-    finite = jnp.isfinite(size)
-    size = jnp.minimum(size, float(info.max)) if size.dtype == jnp.float64 else size
-    size = jnp.where(finite, size, jnp.zeros_like(size)).astype(jnp.float32)
-    if kept is not None:
-        axes = tuple(a for a in range(g.ndim) if a not in kept)
-        size = jnp.minimum(_reduce(size, axes, name), info.max)
-        finite = jnp.all(finite, axis=axes)
-    return jnp.where(finite, size, jnp.full_like(size, jnp.nan))
+    if size.dtype == jnp.float64:
+        size = jnp.where(jnp.isfinite(size), jnp.minimum(size, most), size)
+    size = size.astype(jnp.float32)
+    if kept is None:
+        return jnp.where(jnp.isfinite(size), size, jnp.nan)
+    axes = tuple(a for a in range(g.ndim) if a not in kept)
+    peak = jnp.max(size, axis=axes, initial=0.0)  # not finite if anything is not
+    finite = jnp.isfinite(peak)
+    peak = jnp.where(finite, peak, 1.0)
+    total = _reduce(size, jnp.expand_dims(peak, axes), axes, name)
+    return jnp.where(finite, jnp.minimum(peak * total, most), jnp.nan)
 
 
-def _reduce(size: jax.Array, axes: tuple[int, ...], name: str) -> jax.Array:
-    peak = jnp.max(size, axis=axes, keepdims=True, initial=0.0)
-    largest = jnp.max(size, axis=axes, initial=0.0)
+def _relative(size: jax.Array, peak: jax.Array) -> jax.Array:
+    """``size / peak``, in [0, 1]."""
+    # XLA may multiply by 1 / peak, which is flushed to zero from 2**126 on.
+    down = jnp.where(peak > 1.0, 0.125, 1.0).astype(jnp.float32)
+    return size * down / jnp.maximum(peak * down, jnp.finfo(jnp.float32).tiny)
+
+
+def _reduce(size: jax.Array, peak: jax.Array, axes, name: str) -> jax.Array | float:
+    """The magnitude in units of the peak."""
     if name == "max":
-        return largest
-    shape = [size.shape[a] for a in axes]
-    n = 1
-    for dim in shape:
-        n *= dim
-    scaled = size / jnp.maximum(peak, jnp.finfo(jnp.float32).tiny)
-    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
+        return 1.0
+    n = max(math.prod(size.shape[a] for a in axes), 1)
+    scaled = _relative(size, peak)
     if name in ("l1", "mean"):
-        total = jnp.sum(scaled, axis=axes)
-        return scale * (total if name == "l1" else total / max(n, 1))
+        return jnp.sum(scaled, axis=axes) / (n if name == "mean" else 1)
     total = jnp.sum(jnp.square(scaled), axis=axes)
-    return scale * jnp.sqrt(total if name == "l2" else total / max(n, 1))
+    return jnp.sqrt(total / (n if name == "rms" else 1))

@@ -8,6 +8,7 @@ give `init` other paths than `update`.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 
 Axes = tuple[int, ...]
+_TOGETHER = 256  # numbers unstacked by one reduction
 
 
 class Layout(NamedTuple):
@@ -77,8 +80,9 @@ def layout(params: optax.Params, units: Any) -> Layout:
     for path, leaf in zip(paths, leaves, strict=True):
         dtype = jnp.result_type(leaf)
         if dtype == jax.dtypes.float0 or not jnp.issubdtype(dtype, jnp.inexact):
+            name = "float0" if dtype == jax.dtypes.float0 else dtype.name
             raise TypeError(
-                f"{path} has dtype {dtype.name}, which has no gradient to score; leave "
+                f"{path} has dtype {name}, which has no gradient to score; leave "
                 f"it out with optax.masked or optax.partition"
             )
     shapes = tuple(np.shape(leaf) for leaf in leaves)
@@ -149,6 +153,8 @@ def check_layout(where: Layout, leaves: int, shapes: Sequence[tuple[int, ...]]) 
 def split(where: Layout, units: jax.Array) -> list[jax.Array]:
     """A vector over the units, cut into arrays that broadcast against the leaves."""
     assert where.axes is not None
+    if not any(where.axes):
+        return unstack(units)
     out = []
     for i, (shape, kept) in enumerate(zip(where.shapes, where.axes, strict=True)):
         part = units[where.offsets[i] : where.offsets[i + 1]]
@@ -157,9 +163,27 @@ def split(where: Layout, units: jax.Array) -> list[jax.Array]:
     return out
 
 
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The entries of a vector of numbers, in a way that compiles fast.
+
+    XLA:CPU fuses ``x[0]``, ``x[1]`` ... into what uses them, and then compiles as many
+    kernels as there are leaves that differ in an index alone. One reduction with many
+    results gives numbers that all those kernels take as an argument.
+    """
+    out: list[jax.Array] = []
+    for start in range(0, x.size, _TOGETHER):
+        part = x[start : start + _TOGETHER]
+        place = lax.iota(jnp.int32, part.size)
+        none = jnp.zeros_like(part)
+        hot = [jnp.where(place == i, part, none) for i in range(part.size)]
+        zeros = [jnp.zeros((), x.dtype)] * part.size
+        out += lax.reduce(hot, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
+    return out
+
+
 def join(parts: Iterable[jax.Array]) -> jax.Array:
     """The vector over the units from one array per leaf, replicated."""
-    vectors = [_replicate(p.reshape(-1)) for p in parts]
+    vectors = [_replicate(p).reshape(-1) for p in parts]
     return jnp.concatenate(vectors) if vectors else jnp.zeros((0,), jnp.float32)
 
 
@@ -167,6 +191,12 @@ def per_leaf(where: Layout, values: jax.Array) -> jax.Array:
     """One value per leaf, repeated for each of its units."""
     counts = np.diff(where.offsets)
     return values[np.repeat(np.arange(len(counts)), counts)]
+
+
+def shard_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A part of a vector, replicated, sharded explicitly where `like` is."""
+    sharding = _explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def natural_key(key: tuple) -> tuple:
@@ -195,11 +225,22 @@ def _natural(part: Any) -> tuple:
 
 
 def _replicate(x: jax.Array) -> jax.Array:
-    """Explicitly sharded vectors must agree before they can be joined."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or all(axis is None for axis in sharding.spec):
+    """Explicitly sharded arrays must agree before they can be joined."""
+    sharding = _explicit_sharding(x)
+    if sharding is None:
         return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*[None] * x.ndim))
+    # With the array's own mesh: there need not be one in the context.
+    replicated = jax.sharding.PartitionSpec(*[None] * x.ndim)
+    return jax.sharding.reshard(
+        x, jax.sharding.NamedSharding(sharding.mesh, replicated)
+    )
+
+
+def _explicit_sharding(x: jax.Array) -> Any:
+    """The sharding that is part of the type of `x`, None where nothing is split."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    split = sharding is not None and any(axis is not None for axis in sharding.spec)
+    return sharding if split else None
 
 
 def _flatten(tree: Any) -> tuple[tuple[tuple, ...], list[Any], list[tuple]]:

@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from priorityprop_jax._allocation import allocate, allocate_leaves
-from references import exact_quotas
+
+from priorityprop_jax._allocation import allocate, allocate_leaves, score_bits
+from references import exact_quotas, exact_scores
 
 
 METHODS = ["argsort", "bisect"]
-SIZES = [1, 2, 3, 7, 40, 300]  # few, because each of them compiles anew
+SIZES = [1, 4, 300]  # few, because each of them compiles anew
 LARGEST = 2**31 - 1
 
 property_test = hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # that is compilation
 )
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -54,7 +57,7 @@ scores_of_a_kind = st.sampled_from(
 def scores_of(size):
     def arrays(elements):
         # Without the default `fill` almost all scores of a large array are ties.
-        fill = st.nothing() if size <= 40 else None
+        fill = st.nothing() if size <= 4 else None
         return hnp.arrays(np.float32, size, elements=elements, fill=fill)
 
     def many(seed):
@@ -64,7 +67,7 @@ def scores_of(size):
         return np.where(rng.random(size) < 0.1, 0, scores).astype(np.float32)
 
     kinds = scores_of_a_kind.flatmap(arrays)
-    return kinds if size <= 40 else kinds | st.integers(0, 2**32 - 1).map(many)
+    return kinds if size <= 4 else kinds | st.integers(0, 2**32 - 1).map(many)
 
 
 @st.composite
@@ -96,18 +99,18 @@ def test_equals_rational_arithmetic(method, problem):
     ("scores", "budget", "low", "high", "expected"),
     [
         ([4, 2, 1, 0], 15, 1, 20, [8, 4, 2, 1]),
-        ([3, 2, 1], 6, 0, 9, [3, 2, 1]),
-        ([1, 1, 1], 4, 1, 20, [2, 1, 1]),  # ties by position
-        ([0, 0, 0], 8, 1, 20, [3, 3, 2]),
-        ([5, 5, 1], 2, 1, 20, [1, 1, 0]),  # too little for the lower bound
-        ([1, 2], 50, 1, 20, [20, 20]),  # 10 remain unspent
+        ([3, 2, 1, 0], 6, 0, 9, [3, 2, 1, 0]),
+        ([1, 1, 1, 1], 6, 1, 20, [2, 2, 1, 1]),  # ties by position
+        ([0, 0, 0, 0], 11, 1, 20, [3, 3, 3, 2]),
+        ([1, 5, 5, 5], 2, 1, 20, [0, 1, 1, 0]),  # too little for the lower bound
+        ([1, 2, 3, 4], 99, 1, 20, [20, 20, 20, 20]),  # 19 remain unspent
         ([9, 0, 0, 0], 32, 1, 20, [20, 4, 4, 4]),  # zeros share what is left
         ([np.nan, 1, np.inf, -1], 8, 1, 20, [1, 5, 1, 1]),
+        ([1e-45, 0, 1e38, 0], 30, 1, 27, [1, 1, 27, 1]),
+        ([1, 2, 3, 4], 0, 1, 20, [0, 0, 0, 0]),
+        ([1, 3, 0, 0], 10**9, 0, 10**9, [250_000_000, 750_000_000, 0, 0]),
+        ([1, 0, 1, 0], LARGEST, 0, LARGEST, [2**30, 0, 2**30 - 1, 0]),
         ([7], 13, 1, 20, [13]),
-        ([1e-45, 1e38], 30, 1, 29, [1, 29]),
-        ([1, 2], 0, 1, 20, [0, 0]),
-        ([1, 3], 10**9, 1, 10**9, [250_000_000, 750_000_000]),
-        ([1, 1], LARGEST, 0, LARGEST, [2**30, 2**30 - 1]),
         ([], 10, 1, 20, []),
     ],
 )
@@ -193,29 +196,23 @@ def test_methods_agree(problem):
 # Cut into leaves
 
 CUTS = {
-    "whole": [(40,)],
-    "scalars": [(), (), (38,)],
-    "matrices": [(4, 5), (0, 3), (10, 2)],
-    "cube": [(0,), (2, 3, 4), (1, 16)],
-    "one": [()],
-    "large": [(3,), (11, 27), (0,)],
+    "small": [(), (0,), (2, 3, 4), (0, 3), (1, 5)],
+    "large": [(3,), (11, 27)],
 }
 
 
-@functools.cache
-def jitted_allocate_leaves():
-    return jax.jit(allocate_leaves)  # eager use compiles each operation by itself
+jitted_allocate_leaves = jax.jit(allocate_leaves)
 
 
 @pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
 @hypothesis.given(data=st.data())
-@hypothesis.settings(property_test, max_examples=50)
+@property_test
 def test_leaves_get_what_one_vector_gets(shapes, data):
     sizes = [int(np.prod(shape)) for shape in shapes]
     problem = data.draw(problems([sum(sizes)]))
     parts = np.split(problem.scores, np.cumsum(sizes)[:-1])
     leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    found = jitted_allocate_leaves()(leaves, *problem[1:])
+    found = jitted_allocate_leaves(leaves, *problem[1:])
     assert [leaf.shape for leaf in found] == shapes
     assert {leaf.dtype for leaf in found} == {jnp.dtype("int32")}
     flat = np.concatenate([np.ravel(leaf) for leaf in found])
@@ -233,21 +230,23 @@ def test_leaves_without_units(shapes):
 
 @each_method
 def test_traces_once_for_all_values(method):
+    chex.clear_trace_counter()
+
     @jax.jit
     @chex.assert_max_traces(n=1)
     def solve(scores, budget, low, high):
         return allocate(scores, budget, low, high, method=method)
 
     rng = np.random.default_rng(0)
-    for budget in [0, 1, 39, 40, 100, 799, 800, 900, 10**9]:
+    for budget in [0, 1, 3, 4, 30, 79, 80, 90, 10**9]:
         for low, high in [(1, 20), (0, 1), (7, 7), (0, 10**9)]:
-            scores = rng.random(40, np.float32)
+            scores = rng.random(4, np.float32)
             found = solve(scores, budget, low, high)
             assert found.tolist() == exact_quotas(scores, budget, low, high)
 
 
 @each_method
-@hypothesis.given(batch=st.lists(problems([7]), min_size=8, max_size=8))
+@hypothesis.given(batch=st.lists(problems([4]), min_size=8, max_size=8))
 @hypothesis.settings(property_test, max_examples=20)
 def test_vmap_over_everything(method, batch):
     solve = jax.vmap(functools.partial(allocate, method=method))
@@ -255,22 +254,9 @@ def test_vmap_over_everything(method, batch):
     assert found.tolist() == [exact_quotas(*problem) for problem in batch]
 
 
-@each_method
-def test_inside_a_loop(method):
-    scores = jnp.arange(7.0)
-
-    def step(budget, _):
-        return budget + 13, allocate(scores, budget, 1, 20, method)
-
-    _, found = jax.lax.scan(step, jnp.int32(1), length=10)
-    expected = [exact_quotas(scores, budget, 1, 20) for budget in range(1, 131, 13)]
-    assert found.tolist() == expected
-
-
-@each_method
-def test_derivative_is_that_of_a_constant(method):
+def test_derivative_is_that_of_a_constant():
     def loss(scores):
-        return jnp.sum(allocate(scores, 50, method=method) * scores)
+        return jnp.sum(allocate(scores, 50) * scores)
 
     scores = jnp.array([3.0, 0.0, jnp.nan, 1.0])
     assert jax.grad(loss)(scores).tolist() == exact_quotas(scores, 50, 1, 20)
@@ -278,45 +264,40 @@ def test_derivative_is_that_of_a_constant(method):
 
 @each_method
 def test_with_and_without_64_bit_types(method, x64):
-    del x64
-    rng = np.random.default_rng(1)
+    scores = jnp.asarray(10.0 ** np.array([-300, -30, -10, 0]))
+    assert scores.dtype == (jnp.float64 if x64 else jnp.float32)
     with jax.numpy_dtype_promotion("strict"):
-        for high in [1, 20, LARGEST]:
-            scores = 10 ** rng.uniform(-30, 30, 40)  # float64 where there is one
-            found = allocate(jnp.asarray(scores), 777, 1, high, method)
+        for budget, high in [(30, 20), (77, 20), (77, LARGEST), (10**9, 10**9)]:
+            found = allocate(scores, budget, 1, high, method)
             assert found.dtype == jnp.int32
-            assert found.tolist() == exact_quotas(scores, 777, 1, high)
+            assert found.tolist() == exact_quotas(scores, budget, 1, high)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_dtype_of_budget_and_bounds(dtype, x64):
+    numbers = np.array([100, 1, 60], dtype if x64 else "uint8")
+    scores = np.arange(4, dtype=np.float32)
+    assert allocate(scores, *numbers).tolist() == exact_quotas(scores, 100, 1, 60)
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", "float16", "int32", "uint8", "bool", "float64"]
+    ("dtype", "values"),
+    [
+        ("bfloat16", [0, 1, -5, 1 / 3, 1e38, 1e-40, np.nan, np.inf, -np.inf]),
+        ("float16", [0, 1, -5, 1 / 3, 6e4, 6e-8, np.nan, np.inf, -np.inf]),
+        ("float32", [0, -0.0, 1, -5, 3e38, 1e-45, np.nan, -np.nan, np.inf, -np.inf]),
+        ("float64", [0, 1, -5, np.pi, 1e300, -1e300, 1e-300, 1e-30, np.nan]),
+        ("int32", [0, 1, -5, 2**24 + 1, 2**24 + 3, 2**31 - 1, -(2**31)]),
+        ("uint8", [0, 1, 255]),
+        ("bool", [False, True]),
+    ],
 )
-def test_dtype_of_scores(dtype, x64):
-    values = [0, 1, 2**24 + 1, 2**24 + 3, -5, 7, 1000]
-    if dtype == "float64":
-        values += [1e300, 1e-300, 1e-40, np.pi]
-    elif dtype in ("bfloat16", "float16"):
-        values += [np.nan, np.inf, 6e-8, 1e-40]
-    elif dtype == "uint8":
-        values = [0, 1, 255, 128]
-    with np.errstate(over="ignore"):
+def test_scores_are_read_as_float32(dtype, values):
+    with jax.enable_x64(dtype == "float64"):
         scores = np.array(values).astype(jnp.dtype(dtype))
-    if dtype == "float64" and not x64:
-        scores = scores.astype(np.float32)
-    for method in METHODS:
-        found = allocate(jnp.asarray(scores), 60, 1, 40, method)
-        assert found.tolist() == exact_quotas(scores, 60, 1, 40)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64"])
-def test_dtype_of_budget_and_bounds(dtype, x64):
-    del x64
-    numbers = np.array([100, 1, 20], dtype)
-    scores = np.arange(7, dtype=np.float32)
-    for method in METHODS:
-        found = allocate(scores, *numbers, method=method)
-        traced = jax.jit(functools.partial(allocate, method=method))(scores, *numbers)
-        assert found.tolist() == traced.tolist() == exact_quotas(scores, 100, 1, 20)
+        found = score_bits(jnp.asarray(scores))
+    floats = np.asarray(found).view(np.float32).tolist()
+    assert floats == exact_scores(scores)
 
 
 # Many units, where a float32 sum loses some
@@ -371,7 +352,11 @@ def test_ten_million_units(method):
         ({"budget": np.nan}, TypeError, r"budget must be an integer, got nan"),
         ({"budget": True}, TypeError, r"budget must be an integer, got True of type b"),
         ({"budget": None}, TypeError, r"budget must be an integer, got None"),
-        ({"budget": jnp.float32(5)}, TypeError, r"budget must be an integer.* 5\.0"),
+        (
+            {"budget": jnp.float32(5)},
+            TypeError,
+            r"budget must be an integer scalar, .*5\.",
+        ),
         ({"budget": jnp.array([5])}, TypeError, r"budget must be an integer scalar"),
         ({"min_updates": -2}, ValueError, r"min_updates must be in .* got -2"),
         ({"min_updates": "1"}, TypeError, r"min_updates must be an integer, got '1'"),
@@ -380,13 +365,12 @@ def test_ten_million_units(method):
         (
             {"min_updates": 5, "max_updates": 4},
             ValueError,
-            r"min_updates must not exceed max_updates, got 5 > 4",
+            r"min_updates must not exceed max_updates, got .*5 > .*4",
         ),
         ({"method": "argsrot"}, ValueError, r"'bisect', got 'argsrot'.* 'argsort'\?"),
         ({"method": None}, TypeError, r"method must be one of 'argsort', .* got None"),
         ({"scores": np.ones((2, 3))}, ValueError, r"scores must .* got \(2, 3\)"),
         ({"scores": 1.0}, ValueError, r"scores must have shape \(units,\), got \(\)"),
-        ({"scores": np.ones(3, np.complex64)}, TypeError, r"scores must .* complex64"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+
 from priorityprop_jax import _exact as exact
 
 
@@ -82,7 +83,9 @@ def test_comparison(n, data):
     assert less(x, y).tolist() == expected
 
 
-@pytest.mark.parametrize(("n", "m", "out"), [(1, 1, 2), (1, 2, 3), (2, 3, 4), (3, 1, 3)])
+@pytest.mark.parametrize(
+    ("n", "m", "out"), [(1, 1, 2), (1, 2, 3), (2, 3, 4), (3, 1, 3)]
+)
 @hypothesis.given(data=st.data())
 @property_test
 def test_products(n, m, out, data):

@@ -31,7 +31,7 @@ def run_example(name, *args, cwd, **environment):
         env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -88,10 +88,13 @@ def test_load_mnist(mnist):
     assert data.classes == 10
 
 
-def test_example_reads_mnist(mnist, tmp_path):
-    done = run_example("02_linen_loop.py", "--data-dir", str(mnist), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"70 training images from {mnist}" in done.stdout
+def test_example_says_what_is_missing(mnist, tmp_path):
+    (mnist / "t10k-images-idx3-ubyte").unlink()
+    done = run_example("01_quickstart.py", PRIORITYPROP_DATA=str(mnist), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {mnist} lacks files: looked for t10k-images")
+    assert "Traceback" not in done.stderr
 
 
 def test_environment_names_the_directory(mnist, tmp_path, monkeypatch, capsys):

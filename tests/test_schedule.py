@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from priorityprop_jax._schedule import multiplicity, ranking, schedule
 from references import exact_schedule
 

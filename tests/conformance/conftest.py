@@ -1,0 +1,24 @@
+"""Programs here run for a few steps of a few numbers: what takes time is to compile."""
+
+import helpers
+import jax
+import pytest
+from priorityprop_jax import _priority
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation():
+    """Leaves out most of XLA's optimizations: a quarter of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(params=["quick", pytest.param("exact", marks=pytest.mark.slow)])
+def allocation(request, monkeypatch):
+    """Runs the test with a stand-in for the allocation; and when slow, as it is."""
+    if request.param == "quick":
+        monkeypatch.setattr(_priority, "allocate_vector", helpers.quick_vector)
+        monkeypatch.setattr(_priority, "allocate_leaves", helpers.quick_leaves)
+    return request.param

@@ -1,0 +1,380 @@
+"""Many devices: every replica decides alike, and nothing moves that need not move."""
+
+import contextlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from priorityprop_jax import prioritize, priority_prop, PriorityPropState
+
+
+SETTINGS = {"budget": 0.4, "max_updates": 6, "recalc_every": 4}
+STEPS = 6
+SHAPES = {"big": (64, 32), "wide": (16, 64), "bias": (32,), "scale": ()}
+SPECS = {"big": P("x"), "wide": P("y", "x"), "bias": P(), "scale": P()}
+
+
+def before_adam(**kwargs):
+    return optax.chain(priority_prop(**SETTINGS, **kwargs), optax.adam(1e-2))
+
+
+def around_adam(**kwargs):
+    return prioritize(optax.adam(1e-2), **SETTINGS, **kwargs)
+
+
+MAKERS = {"priority_prop": before_adam, "prioritize": around_adam}
+
+
+@pytest.fixture(autouse=True)
+def _eight_devices():
+    assert jax.device_count() == 8, "tests/conftest.py asks for eight"
+
+
+def cases(*names):
+    """Pairs of a maker and units: not all of them, each has to be compiled."""
+    pairs = [name.split("-") for name in names]
+    return pytest.mark.parametrize(
+        "make, units", [(MAKERS[m], units) for m, units in pairs], ids=names
+    )
+
+
+def random_tree(seed, *lead):
+    """Like the params; the leaves differ in size by powers of ten."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=(*lead, *shape)) * 10.0**-i).astype(np.float32)
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def quotas_of(state):
+    return optax.tree.get(state, "quotas")
+
+
+def step_with(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def run(step, params, state, all_grads):
+    """Params and quotas after each step."""
+    history = []
+    for grads in all_grads:
+        params, state = step(params, state, grads)
+        history.append(jax.device_get((params, quotas_of(state))))
+    return history
+
+
+def run_on_one_device(tx, all_grads):
+    params = random_tree(0)
+    step = jax.jit(lambda *args: step_with(tx, *args))
+    return run(step, params, tx.init(params), all_grads)
+
+
+def assert_same(history, expected):
+    assert len(history) == len(expected)
+    for (params, quotas), (other_params, other_quotas) in zip(
+        history, expected, strict=True
+    ):
+        jax.tree.map(np.testing.assert_array_equal, quotas, other_quotas)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        jax.tree.map(close, params, other_params)
+    flat = np.concatenate([np.ravel(q) for q in jax.tree.leaves(history[-1][1])])
+    assert flat.min() < flat.max()  # else anything would be the same
+
+
+# By hand: each replica has its own gradients.
+
+
+def one_sided_grads(seed):
+    """Gradients of 8 replicas, of which each finds another leaf important."""
+    grads = random_tree(seed, 8)
+    names = list(SHAPES)
+    for replica in range(8):
+        grads[names[replica % 4]][replica] *= 1e4
+    return grads
+
+
+def mean_of_magnitudes(grads):
+    """Gradients on one device with the same magnitudes as the mean over replicas."""
+
+    def leaf(g):
+        norms = [np.linalg.norm(part.astype(np.float64)) for part in g]
+        mean = g.mean(0)
+        return mean * (np.mean(norms) / np.linalg.norm(mean)).astype(np.float32)
+
+    return {name: leaf(g) for name, g in grads.items()}
+
+
+GRADS = [one_sided_grads(10 + t) for t in range(STEPS)]
+
+
+def replicated_quotas(axis_name):
+    """The quotas of 8 replicas that scale and average nothing but magnitudes."""
+    tx = priority_prop(**SETTINGS, axis_name=axis_name)
+    states = jax.pmap(tx.init, axis_name="i")(random_tree(0, 8))
+    step = jax.pmap(lambda g, s: tx.update(g, s)[1], axis_name="i")
+    return np.asarray(step(GRADS[0], states).quotas)
+
+
+def test_replicas_average_magnitudes_before_they_decide():
+    alike = replicated_quotas("i")
+    np.testing.assert_array_equal(alike, np.broadcast_to(alike[0], alike.shape))
+    tx = priority_prop(**SETTINGS)
+    _, state = tx.update(mean_of_magnitudes(GRADS[0]), tx.init(random_tree(0)))
+    np.testing.assert_array_equal(alike[0], state.quotas)
+    assert len({tuple(q) for q in replicated_quotas(None)}) > 1  # the test can fail
+
+
+@cases("priority_prop-leaf", "prioritize-leaf")
+def test_pmap(make, units):
+    tx = make(units=units, axis_name="i")
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        updates = jax.lax.pmean(updates, "i")
+        return optax.apply_updates(params, updates), state
+
+    stack = lambda tree: jax.tree.map(lambda x: np.stack([x] * 8), tree)
+    params = random_tree(0)
+    mapped = jax.pmap(step, axis_name="i")
+    history = run(mapped, stack(params), stack(tx.init(params)), GRADS)
+    assert mapped._cache_size() <= 2  # numpy arrays in, jax arrays from then on
+    for params, quotas in history:
+        for x in jax.tree.leaves((params, quotas)):
+            np.testing.assert_array_equal(x, np.broadcast_to(x[0], x.shape))
+    one = make(units=units)
+    expected = [q for _, q in run_on_one_device(one, map(mean_of_magnitudes, GRADS))]
+    # From the second cycle on as well, when the counts differ between leaves.
+    np.testing.assert_array_equal([q[0] for _, q in history], expected)
+
+
+@cases("priority_prop-leaf", "prioritize-element")
+def test_shard_map(make, units):
+    """Under `check_vma`: the state comes out as replicated as it went in."""
+    tx = make(units=units, axis_name="i")
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+
+    def step(params, state, grads):
+        own = jax.tree.map(lambda g: g[0], grads)
+        mean = jax.lax.pmean(own, "i")
+        updates, state = tx.update(mean, state, params)
+        return optax.apply_updates(params, updates), state
+
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P("i")), out_specs=P(), check_vma=True
+    )
+    params = random_tree(0)
+    history = run(jax.jit(sharded), params, tx.init(params), GRADS)
+    mean = [jax.tree.map(lambda g: g.mean(0), grads) for grads in GRADS]
+    assert_same(history, run_on_one_device(make(units=units), mean))
+
+
+def test_shard_map_with_gradients_that_differ():
+    """Updates differ between replicas and say so; the state does not."""
+    tx = priority_prop(**SETTINGS, axis_name="i")
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+
+    def step(state, grads):
+        updates, state = tx.update(jax.tree.map(lambda g: g[0], grads), state)
+        return jax.tree.map(lambda u: u[None], updates), state
+
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("i")), out_specs=(P("i"), P()), check_vma=True
+    )
+    state = tx.init(random_tree(0))
+    updates, state = jax.jit(sharded)(state, GRADS[0])
+    np.testing.assert_array_equal(state.quotas, replicated_quotas("i")[0])
+    times = dict(zip(sorted(SHAPES), -(-np.asarray(state.quotas) // 4), strict=True))
+    for name, g in GRADS[0].items():
+        np.testing.assert_allclose(updates[name], g * times[name])
+
+
+# By the compiler: arrays are sharded, and nothing is said to the transformation.
+
+
+def auto_mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def state_shardings(tx, params, shardings):
+    """As optax documents it: abstract init, then the params' shardings by position."""
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    state = jax.eval_shape(tx.init, params)
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+
+
+def check_shardings(tree, shardings):
+    for x, sharding in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.shape, x.sharding)
+
+
+def test_data_parallel():
+    """The batch is sharded; the gradients are global, and so is the choice."""
+    tx = around_adam()
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, P())
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(STEPS, 32, 64)).astype(np.float32)
+
+    def loss_fn(params, x):
+        y = jnp.tanh(x @ params["big"] + params["bias"][None])
+        return jnp.mean(params["scale"] * (y[:, :16] @ params["wide"]) ** 2)
+
+    @jax.jit
+    def step(params, state, x):
+        return step_with(tx, params, state, jax.grad(loss_fn)(params, x))
+
+    params = random_tree(0)
+    expected = run(step, params, tx.init(params), x)
+    params = jax.device_put(params, replicated)
+    state = jax.jit(tx.init, out_shardings=replicated)(params)
+    batches = [jax.device_put(batch, NamedSharding(mesh, P("i"))) for batch in x]
+    assert_same(run(step, params, state, batches), expected)
+
+
+AXES = {"big": (0,), "wide": (1,), "bias": (), "scale": ()}
+SHARDED = [
+    ("priority_prop", "element", "bisect"),
+    ("prioritize", "leaf", "argsort"),
+    ("prioritize", "element", "argsort"),
+    ("priority_prop", "axes", "argsort"),
+]
+
+
+@pytest.mark.parametrize("name, units, allocation", SHARDED)
+def test_sharded_params(name, units, allocation):
+    """State lies where its leaf lies, and stays there; one compilation."""
+    units = AXES if units == "axes" else units
+    tx = MAKERS[name](units=units, allocation=allocation)
+    grads = [random_tree(10 + t) for t in range(STEPS)]
+    expected = run_on_one_device(tx, grads)
+
+    mesh = auto_mesh()
+    shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+    params = jax.device_put(random_tree(0), shardings)
+    state_sharding = state_shardings(tx, params, shardings)
+    state = jax.jit(tx.init, out_shardings=state_sharding)(params)
+    ours = optax.tree.get(state, "PriorityPropState")
+    for statistic in (ours.counts, ours.scores, ours.quotas):
+        replicated = NamedSharding(mesh, P())
+        check_shardings(statistic, shardings if units == "element" else replicated)
+    # With "bisect" the compiler leaves all as it was; a sort in the middle tempts it
+    # to shard small leaves that were not, unless it is told.
+    kept = None if allocation == "bisect" else (shardings, state_sharding)
+    step = jax.jit(lambda *args: step_with(tx, *args), out_shardings=kept)
+    history = []
+    for g in grads:
+        params, state = step(params, state, jax.device_put(g, shardings))
+        check_shardings(params, shardings)
+        check_shardings(state, state_sharding)
+        history.append(jax.device_get((params, quotas_of(state))))
+    assert step._cache_size() == 1
+    assert_same(history, expected)
+
+
+def collectives(compiled):
+    """(operation, number of elements) of all communication in a program."""
+    pattern = (
+        r"= (.*?) (all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+        r"|collective-broadcast|ragged-all-to-all|send|recv)(?:-start)?\("
+    )
+    found = []
+    for shapes, operation in re.findall(pattern, compiled.as_text()):
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            found.append((operation, math.prod(int(d) for d in dims.split(",") if d)))
+    return found
+
+
+def compile_sharded(tx):
+    mesh = auto_mesh()
+    shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+    params = jax.device_put(random_tree(0), shardings)
+    state_sharding = state_shardings(tx, params, shardings)
+    state = jax.jit(tx.init, out_shardings=state_sharding)(params)
+    step = jax.jit(tx.update, out_shardings=(shardings, state_sharding))
+    return step.lower(params, state, params).compile()
+
+
+@cases("priority_prop-element", "prioritize-element")
+def test_bisect_moves_numbers_and_no_leaf(make, units):
+    found = collectives(compile_sharded(make(units=units, allocation="bisect")))
+    assert {operation for operation, _ in found} == {"all-reduce"}
+    assert max(size for _, size in found) == 1
+
+
+def test_argsort_does_gather():
+    """That is, the test before this one can fail."""
+    tx = priority_prop(**SETTINGS, units="element")
+    found = collectives(compile_sharded(tx))
+    assert max(size for operation, size in found if operation == "all-gather") > 1000
+
+
+# Explicit sharding: shardings are part of types, as `jax.make_mesh` has it by default.
+
+
+@pytest.fixture(params=["mesh", "no mesh"])
+def explicit_mesh(request):
+    """Users may set the mesh, or let the arrays bring it along."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    with jax.set_mesh(mesh) if request.param == "mesh" else contextlib.nullcontext():
+        yield mesh
+
+
+def run_explicit(tx, step, mesh, all_grads):
+    """Params and quotas after each step; types, with their shardings, must not move."""
+    shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+    types = lambda tree: jax.tree.map(jax.typeof, tree)
+    params = jax.device_put(random_tree(0), shardings)
+    state = tx.init(params)
+    ours = optax.tree.get(state, "PriorityPropState")
+    if jax.tree.structure(ours.counts) == jax.tree.structure(params):
+        assert types(ours.counts)["big"].sharding.spec == P("x", None)
+        assert types(ours.counts)["wide"].sharding.spec == P("y", "x")
+    history = []
+    for grads in all_grads:
+        before = params, state
+        params, state = step(params, state, jax.device_put(grads, shardings))
+        assert types((params, state)) == types(before)
+        history.append(jax.device_get((params, quotas_of(state))))
+    return history
+
+
+@pytest.mark.parametrize(
+    "name, units, allocation",
+    [
+        ("priority_prop", "element", "bisect"),
+        ("priority_prop", "element", "argsort"),
+        ("prioritize", "axes", "argsort"),
+    ],
+)
+def test_explicit_sharding(explicit_mesh, name, units, allocation):
+    tx = MAKERS[name](units=AXES if units == "axes" else units, allocation=allocation)
+    grads = [random_tree(10 + t) for t in range(STEPS)]
+    step = lambda *args: step_with(tx, *args)
+    history = run_explicit(tx, jax.jit(step), explicit_mesh, grads)
+    assert_same(history, run_on_one_device(tx, grads))
+
+
+@cases("priority_prop-leaf", "prioritize-leaf")
+def test_explicit_sharding_without_jit(explicit_mesh, make, units):
+    tx = make(units=units)
+    grads = [random_tree(10 + t) for t in range(STEPS)]
+    step = lambda *args: step_with(tx, *args)
+    history = run_explicit(tx, step, explicit_mesh, grads)
+    assert_same(history, run_on_one_device(tx, grads))
