@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-
 from _timing import as_rows, Case, compare, parser, print_table, write_json
 from prioritize_step import mlp
+
 from priorityprop_jax import priority_prop
 
 
@@ -31,7 +31,10 @@ def transformer(layers: int = 20, width: int = 128) -> dict:
 
     def layer(key):
         q, k, v, o, up, down = jax.random.split(key, 6)
-        square = {n: weights(s, width, width) for n, s in zip("qkvo", (q, k, v, o))}
+        square = {
+            n: weights(s, width, width)
+            for n, s in zip("qkvo", (q, k, v, o), strict=True)
+        }
         return square | {
             "scale_1": jnp.ones(width),
             "scale_2": jnp.ones(width),

@@ -33,7 +33,7 @@ from ._units import Layout, layout, split, unstack
 RESTING = ("keep", "decay", "reset")
 _SHARED, _GLOBAL = -1, -2
 # Leaves up to this size are selected together instead of branched on one by one.
-_SMALL = 2**16
+_SMALL = 2**14
 _FOREVER = 2**31 - 2
 
 _SCHEDULES = (optax.ScaleByScheduleState,)
@@ -41,7 +41,15 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 class PrioritizeState(NamedTuple):
-    """The state of `prioritize`."""
+    """The state of `prioritize`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from priorityprop_jax import prioritize
+      >>> state = prioritize(optax.adam(1e-3), budget=0.5).init({"w": jnp.ones(3)})
+      >>> print(state.inner[0].count)  # one per leaf
+      [0]
+    """
 
     priority: PriorityPropState
     inner: Any  # the inner state; numbers shared by all leaves have shape=(leaves, ...)
@@ -420,7 +428,15 @@ def _burst(job: _Job, members: list[int], progress: list[_Progress]):
 
     if job.most == 1:
         return once(0, progress)
-    return lax.fori_loop(0, _busiest(job, members), once, progress)
+    busiest = _busiest(job, members)
+    if job.most is None:
+        return lax.fori_loop(0, busiest, once, progress)
+
+    def maybe(j, progress):
+        return lax.cond(j < busiest, functools.partial(once, j), lambda x: x, progress)
+
+    # A fixed number of rounds can be differentiated, and XLA:CPU copies less.
+    return lax.fori_loop(0, job.most, maybe, progress)
 
 
 def _update(job: _Job, i: int, at: _Progress, on: Any) -> _Progress:

@@ -46,6 +46,14 @@ class PriorityPropState(NamedTuple):
     With leaf and axis units `counts`, `scores` and `quotas` are vectors over the
     units; with ``units="element"`` they are pytrees like the params, sharded like
     them, of int32, float32 and (up to ``max_updates=255``) uint8.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from priorityprop_jax import priority_prop
+      >>> tx = optax.chain(priority_prop(budget=0.5), optax.adam(1e-3))
+      >>> state = tx.init({"w": jnp.ones(3)})
+      >>> print(optax.tree.get(state, "PriorityPropState").counts)
+      [0]
     """
 
     step: jax.Array  # calls of update so far; shape=(), dtype=int32
@@ -106,9 +114,9 @@ def check_settings(settings: Settings) -> Settings:
         )
     elif is_traced(settings.units) or isinstance(settings.units, jax.Array):
         raise TypeError(
-            f"units decide shapes and must be 'leaf', 'element' or a pytree of tuples "
-            f"of axes, got {settings.units!r}. Under optax.inject_hyperparams name them "
-            f"in static_args: inject_hyperparams(..., static_args=('units',))"
+            f"units decide shapes and must be 'leaf', 'element' or a pytree of "
+            f"tuples of axes, got {settings.units!r}. Under optax.inject_hyperparams name "
+            f"them in static_args: inject_hyperparams(..., static_args=('units',))"
         )
     check_name("magnitude", settings.magnitude, MAGNITUDES)
     check_name("depth_from", settings.depth_from, ("loss", "input"))
@@ -279,7 +287,7 @@ def advance(
         lambda p: p,
         plan,
     )
-    finite = plan.finite or [jnp.isfinite(g) for g in leaves]
+    finite = plan.finite or [jnp.isfinite(g) | (r != 0) for g in leaves]
     if settings.is_full(where.size):  # as without us, come what may
         finite = [jnp.ones_like(ok) for ok in finite]
     given = [

@@ -17,7 +17,14 @@ MAGNITUDES = ("l2", "l1", "mean", "rms", "max")
 
 
 class ScoreInputs(NamedTuple):
-    """What a score is made from; arrays have one entry per unit."""
+    """What a score is made from; arrays have one entry per unit.
+
+    Examples:
+      >>> from priorityprop_jax import Score
+      >>> rarest_first = Score(
+      ...     lambda magnitudes: (), lambda x, state: (1.0 / (1 + x.counts), state)
+      ... )
+    """
 
     magnitudes: jax.Array  # size of the gradients, dtype=float32, finite
     counts: jax.Array  # updates given so far, dtype=int32
@@ -107,8 +114,9 @@ def magnitude(g: jax.Array, kept: tuple[int, ...] | None, name: str) -> jax.Arra
     """
     most = float(jnp.finfo(jnp.float32).max)
     size = jnp.abs(lax.stop_gradient(g))
-    if size.dtype == jnp.float64:
-        size = jnp.where(jnp.isfinite(size), jnp.minimum(size, most), size)
+    if size.dtype == jnp.float64 or jnp.iscomplexobj(g):
+        # What is finite itself may be beyond float32, or of infinite modulus.
+        size = jnp.where(jnp.isfinite(g), jnp.minimum(size, most), size)
     size = size.astype(jnp.float32)
     if kept is None:
         return jnp.where(jnp.isfinite(size), size, jnp.nan)

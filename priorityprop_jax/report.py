@@ -42,6 +42,14 @@ class PriorityReport:
       recalc_every: steps in a cycle.
       budget: updates handed out in this cycle, or to be handed out if it could.
       unspent: the part of `budget` that the bounds left unspent.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from priorityprop_jax import priority_prop, priority_report
+      >>> params = {"w": jnp.ones(3)}
+      >>> report = priority_report(priority_prop(budget=5).init(params), params)
+      >>> report.to_dict()["leaves"][0]["path"], report.updates
+      ('w', 0)
     """
 
     leaves: tuple[LeafReport, ...]

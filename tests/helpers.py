@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from priorityprop_jax import prioritize, priority_prop, PriorityPropState, unit_axes
 
 
@@ -98,7 +99,9 @@ FEW = (
 def subjects(fast=CORE):
     """Parametrizes a test over all subjects, of which only `fast` are not slow."""
     slow = [
-        pytest.param(name, marks=pytest.mark.slow) for name in SUBJECTS if name not in fast
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in SUBJECTS
+        if name not in fast
     ]
     return pytest.mark.parametrize("name", [*fast, *slow])
 

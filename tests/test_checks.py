@@ -23,22 +23,54 @@ BOTH = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        (dict(min_updates=3, max_updates=2), ValueError, "min_updates=3 > max_updates=2"),
+        (
+            dict(min_updates=3, max_updates=2),
+            ValueError,
+            "min_updates=3 > max_updates=2",
+        ),
         (dict(min_updates=-1), ValueError, r"min_updates must be in \[0, .*got -1"),
         (dict(max_updates=0), ValueError, r"max_updates must be in \[1, .*got 0"),
         (dict(min_updates=1.0), TypeError, "min_updates must be an integer, got 1.0"),
         (dict(max_updates="9"), TypeError, "max_updates must be an integer, got '9'"),
         (dict(min_updates=True), TypeError, "min_updates must be an integer, got True"),
-        (dict(max_updates=2**31), ValueError, "max_updates must be in .*got 2147483648"),
+        (
+            dict(max_updates=2**31),
+            ValueError,
+            "max_updates must be in .*got 2147483648",
+        ),
         (dict(recalc_every=0), ValueError, r"recalc_every must be in \[1, .*got 0"),
         (dict(recalc_every=-10), ValueError, r"recalc_every must be in \[1, .*got -10"),
-        (dict(recalc_every=10.0), TypeError, "recalc_every must be an integer, got 10.0"),
-        (dict(recalc_every=True), TypeError, "recalc_every must be an integer, got True"),
-        (dict(recalc_every=None), TypeError, "recalc_every must be an integer, got None"),
+        (
+            dict(recalc_every=10.0),
+            TypeError,
+            "recalc_every must be an integer, got 10.0",
+        ),
+        (
+            dict(recalc_every=True),
+            TypeError,
+            "recalc_every must be an integer, got True",
+        ),
+        (
+            dict(recalc_every=None),
+            TypeError,
+            "recalc_every must be an integer, got None",
+        ),
         (dict(seed=0.5), TypeError, "seed must be an integer, got 0.5"),
-        (dict(depth_factor=math.nan), ValueError, "depth_factor must be finite, got nan"),
-        (dict(depth_factor=math.inf), ValueError, "depth_factor must be finite, got inf"),
-        (dict(depth_factor=-1.0), ValueError, "depth_factor must be at least 0, got -1"),
+        (
+            dict(depth_factor=math.nan),
+            ValueError,
+            "depth_factor must be finite, got nan",
+        ),
+        (
+            dict(depth_factor=math.inf),
+            ValueError,
+            "depth_factor must be finite, got inf",
+        ),
+        (
+            dict(depth_factor=-1.0),
+            ValueError,
+            "depth_factor must be at least 0, got -1",
+        ),
         (dict(depth_factor="2"), TypeError, "depth_factor must be a number, got '2'"),
         (dict(depth_factor=True), TypeError, "depth_factor must be a number, got True"),
     ],
@@ -110,7 +142,9 @@ def test_what_must_be_static_under_inject_hyperparams(make, argument, wrong, rig
     assert f"static_args=('{argument}',)" in str(e.value)
     injected = optax.inject_hyperparams(build, static_args=(*others, argument))
     state = injected(0.5, **{argument: right}).init(params)
-    assert optax.tree.get(state, "rank").size == (5 if argument == "recalc_every" else 10)
+    assert optax.tree.get(state, "rank").size == (
+        5 if argument == "recalc_every" else 10
+    )
     assert optax.tree.get(state, "quotas").size == (3 if argument == "units" else 1)
 
 
@@ -129,7 +163,9 @@ def test_numbers_may_be_traced(make):
 
 
 def test_what_is_specific_to_prioritize():
-    with pytest.raises(ValueError, match="resting must be .*'keep'.*did you mean 'decay'"):
+    with pytest.raises(
+        ValueError, match="resting must be .*'keep'.*did you mean 'decay'"
+    ):
         prioritize(optax.adam(1e-3), resting="decays")
     with pytest.raises(TypeError, match="resting must be one of .*got None"):
         prioritize(optax.adam(1e-3), resting=None)

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 import pytest
 
-from priorityprop_jax import _priority, prioritize
+from priorityprop_jax import _prioritize, _priority, prioritize
 from references_cycle import allocate_exactly, Simulation
 
 
@@ -53,9 +53,11 @@ SMALL_GRADS = [{k: g[k] for k in SMALL} for g in GRADS]
 
 
 @pytest.fixture(autouse=True)
-def quotas_from_the_oracle(monkeypatch):
+def lean(monkeypatch):
     """Allocation has tests of its own; compiling it for each of these takes long."""
     monkeypatch.setattr(_priority, "allocate_vector", allocate_exactly)
+    # Wherever the border lies, "wide" is above it.
+    monkeypatch.setattr(_prioritize, "_SMALL", 10_000)
 
 
 @functools.cache
@@ -90,7 +92,9 @@ class Alone:
     def __call__(self, g, p, k):
         total = jnp.zeros_like(p)
         for _ in range(k):
-            u, self.state = self.update({self.name: g}, self.state, {self.name: p + total})
+            u, self.state = self.update(
+                {self.name: g}, self.state, {self.name: p + total}
+            )
             total = total + u[self.name]
         return total
 
@@ -191,7 +195,11 @@ def test_learning_rates_follow_the_step_and_not_the_leaf(how, many):
                 second = nu[k] / (1 - 0.999 ** count[k])
                 q = q - rate * (first / (np.sqrt(second) + 1e-8) + 0.3 * q)
             np.testing.assert_allclose(
-                updates[k], q - np.float64(p), rtol=1e-4, atol=1e-5, err_msg=f"{step} {k}"
+                updates[k],
+                q - np.float64(p),
+                rtol=1e-4,
+                atol=1e-5,
+                err_msg=f"{step} {k}",
             )
         params = optax.apply_updates(params, updates)
     resting = [k for k in PARAMS if count[k] != STEPS]
@@ -202,7 +210,7 @@ def test_learning_rates_follow_the_step_and_not_the_leaf(how, many):
 @pytest.mark.parametrize("resting", ["keep", "decay", "reset"])
 def test_what_becomes_of_the_state_while_resting(resting, many, monkeypatch):
     # The kernel is branched on, the others are selected.
-    monkeypatch.setattr("priorityprop_jax._prioritize._SMALL", 10)
+    monkeypatch.setattr(_prioritize, "_SMALL", 10)
     settings = dict(MANY if many else ONE, budget=9 if many else 6)
     sim = Simulation([()] * 3, [1.0] * 3, **settings)
     inner = named("adam")
@@ -245,8 +253,10 @@ def test_units_finer_than_a_leaf(units, resting, many):
     given = "element"
     if units == "axes":
         axes, given = list(AXES.values()), AXES
-    n = sum(int(np.prod([g.shape[a] for a in ax])) for g, ax in zip(
-        SMALL.values(), axes, strict=True))
+    n = sum(
+        int(np.prod([g.shape[a] for a in ax]))
+        for g, ax in zip(SMALL.values(), axes, strict=True)
+    )
     settings = dict(budget=2 * n + 1, min_updates=1, max_updates=7, recalc_every=2)
     if not many:
         settings = dict(budget=2 * n + 1, min_updates=0, max_updates=4, recalc_every=4)
@@ -376,9 +386,7 @@ def test_without_params_and_with_extra_arguments():
 @pytest.mark.parametrize("units", ["leaf", "element"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_inner_state_stays_finite(bad, units):
-    tx = prioritize(
-        optax.adam(0.1), 0.5, min_updates=1, recalc_every=4, units=units
-    )
+    tx = prioritize(optax.adam(0.1), 0.5, min_updates=1, recalc_every=4, units=units)
     update, state = jax.jit(tx.update), tx.init(SMALL)
     g = {**SMALL_GRADS[0], "bias": jnp.full((3,), bad)}
     updates, state = update(g, state, SMALL)
@@ -397,7 +405,9 @@ def test_half_precision_params_with_float32_gradients():
     tx = prioritize(optax.sgd(0.1), budget=6, max_updates=4, recalc_every=4)
     updates, state = jax.jit(tx.update)(SMALL_GRADS[0], tx.init(params), params)
     sim = Simulation([()] * 3, [1.0] * 3, 6, max_updates=4, recalc_every=4)
-    for m, (k, u) in zip(sim(list(SMALL_GRADS[0].values())), updates.items(), strict=True):
+    for m, (k, u) in zip(
+        sim(list(SMALL_GRADS[0].values())), updates.items(), strict=True
+    ):
         np.testing.assert_allclose(
             np.float32(u), -0.1 * m * np.float32(SMALL_GRADS[0][k]), rtol=1e-2
         )

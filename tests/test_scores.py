@@ -92,6 +92,13 @@ def test_float64_beyond_float32():
             assert got == jnp.finfo(jnp.float32).max
 
 
+@pytest.mark.parametrize("kept", [(), None])
+def test_finite_numbers_of_infinite_modulus(kept):
+    values = jnp.array([3e38 + 3e38j], jnp.complex64)
+    got = magnitude(values, kept, "max")
+    np.testing.assert_array_equal(jnp.ravel(got), [jnp.finfo(jnp.float32).max])
+
+
 @pytest.mark.parametrize("name", MAGNITUDES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite_is_nan_of_that_unit_alone(name, bad):

@@ -1,6 +1,7 @@
 """Many devices: every replica decides alike, and nothing moves that need not move."""
 
 import contextlib
+import functools
 import math
 import re
 
@@ -11,12 +12,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from priorityprop_jax import prioritize, priority_prop, PriorityPropState
+from priorityprop_jax import prioritize, priority_prop
 
 
 SETTINGS = {"budget": 0.4, "max_updates": 6, "recalc_every": 4}
 STEPS = 6
 SHAPES = {"big": (64, 32), "wide": (16, 64), "bias": (32,), "scale": ()}
+AXES = {"big": (0,), "wide": (1,), "bias": (), "scale": ()}
 SPECS = {"big": P("x"), "wide": P("y", "x"), "bias": P(), "scale": P()}
 
 
@@ -71,10 +73,13 @@ def run(step, params, state, all_grads):
     return history
 
 
-def run_on_one_device(tx, all_grads):
+@functools.cache
+def on_one_device(make, units):
+    """What to compare with: a function from gradients to a history."""
+    tx = make(units=AXES if units == "axes" else units)
+    step = jax.jit(functools.partial(step_with, tx))
     params = random_tree(0)
-    step = jax.jit(lambda *args: step_with(tx, *args))
-    return run(step, params, tx.init(params), all_grads)
+    return lambda all_grads: run(step, params, tx.init(params), all_grads)
 
 
 def assert_same(history, expected):
@@ -149,8 +154,8 @@ def test_pmap(make, units):
     for params, quotas in history:
         for x in jax.tree.leaves((params, quotas)):
             np.testing.assert_array_equal(x, np.broadcast_to(x[0], x.shape))
-    one = make(units=units)
-    expected = [q for _, q in run_on_one_device(one, map(mean_of_magnitudes, GRADS))]
+    grads = map(mean_of_magnitudes, GRADS)
+    expected = [q for _, q in on_one_device(make, units)(grads)]
     # From the second cycle on as well, when the counts differ between leaves.
     np.testing.assert_array_equal([q[0] for _, q in history], expected)
 
@@ -173,7 +178,7 @@ def test_shard_map(make, units):
     params = random_tree(0)
     history = run(jax.jit(sharded), params, tx.init(params), GRADS)
     mean = [jax.tree.map(lambda g: g.mean(0), grads) for grads in GRADS]
-    assert_same(history, run_on_one_device(make(units=units), mean))
+    assert_same(history, on_one_device(make, units)(mean))
 
 
 def test_shard_map_with_gradients_that_differ():
@@ -247,7 +252,6 @@ def test_data_parallel():
     assert_same(run(step, params, state, batches), expected)
 
 
-AXES = {"big": (0,), "wide": (1,), "bias": (), "scale": ()}
 SHARDED = [
     ("priority_prop", "element", "bisect"),
     ("prioritize", "leaf", "argsort"),
@@ -259,10 +263,9 @@ SHARDED = [
 @pytest.mark.parametrize("name, units, allocation", SHARDED)
 def test_sharded_params(name, units, allocation):
     """State lies where its leaf lies, and stays there; one compilation."""
-    units = AXES if units == "axes" else units
-    tx = MAKERS[name](units=units, allocation=allocation)
     grads = [random_tree(10 + t) for t in range(STEPS)]
-    expected = run_on_one_device(tx, grads)
+    expected = on_one_device(MAKERS[name], units)(grads)
+    tx = MAKERS[name](units=AXES if units == "axes" else units, allocation=allocation)
 
     mesh = auto_mesh()
     shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
@@ -368,7 +371,7 @@ def test_explicit_sharding(explicit_mesh, name, units, allocation):
     grads = [random_tree(10 + t) for t in range(STEPS)]
     step = lambda *args: step_with(tx, *args)
     history = run_explicit(tx, jax.jit(step), explicit_mesh, grads)
-    assert_same(history, run_on_one_device(tx, grads))
+    assert_same(history, on_one_device(MAKERS[name], units)(grads))
 
 
 @cases("priority_prop-leaf", "prioritize-leaf")
@@ -377,4 +380,4 @@ def test_explicit_sharding_without_jit(explicit_mesh, make, units):
     grads = [random_tree(10 + t) for t in range(STEPS)]
     step = lambda *args: step_with(tx, *args)
     history = run_explicit(tx, step, explicit_mesh, grads)
-    assert_same(history, run_on_one_device(tx, grads))
+    assert_same(history, on_one_device(make, units)(grads))

@@ -75,7 +75,9 @@ def test_after_adam_whole_steps_are_multiplied(max_updates):
         updates, state = update(g, state)
         due = sim([steps[k][t] for k in SHAPES])
         for m, k in zip(due, SHAPES, strict=True):
-            np.testing.assert_allclose(updates[k], m * steps[k][t], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(
+                updates[k], m * steps[k][t], rtol=1e-4, atol=1e-7
+            )
             if m == 0:
                 assert not np.any(updates[k])
 
@@ -108,7 +110,9 @@ def leaf_flags(flags):
     return [bool(x) for x in jax.tree.leaves(flags)]
 
 
-@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx, optax.adam(1))])
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, lambda tx: optax.chain(tx, optax.adam(1))]
+)
 @pytest.mark.parametrize("units", ["leaf", "element", {"a": (0,), "b": (1,), "c": ()}])
 def test_active_is_what_the_next_update_will_use(units, wrap):
     axes = {"leaf": [()] * 3, "element": [(0,), (0, 1), ()]}
@@ -174,7 +178,9 @@ def test_active_under_masked_takes_the_masked_params():
     keep = {"a": True, "b": False, "c": True}
     tx = optax.masked(priority_prop(4, recalc_every=4), keep)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="params has 3 leaves.*initialized for 2.*masked"):
+    with pytest.raises(
+        ValueError, match="params has 3 leaves.*initialized for 2.*masked"
+    ):
         active(state, PARAMS)
     masked = {k: p if keep[k] else optax.MaskedNode() for k, p in PARAMS.items()}
     assert jax.tree.structure(active(state, masked)) == jax.tree.structure(masked)

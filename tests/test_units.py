@@ -109,7 +109,9 @@ def test_shapes_suffice():
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_leaves_without_a_gradient(dtype):
-    with pytest.raises(TypeError, match=rf"\['out'\]\['step'\] has dtype {dtype}.*mask"):
+    with pytest.raises(
+        TypeError, match=rf"\['out'\]\['step'\] has dtype {dtype}.*mask"
+    ):
         layout({"a": np.ones(2), "out": {"step": np.ones(2, dtype)}}, "leaf")
 
 
@@ -158,14 +160,18 @@ def test_axes_of_the_wrong_type(axes):
 
 
 def test_units_of_another_structure():
-    with pytest.raises(ValueError, match=r"units has no entry for .*\['out'\]\['bias'\]"):
+    with pytest.raises(
+        ValueError, match=r"units has no entry for .*\['out'\]\['bias'\]"
+    ):
         layout(PARAMS, {"embed": (0,), "out": {"kernel": ()}})
     with pytest.raises(ValueError, match=r"units has an entry at \['typo'\]"):
         layout(PARAMS, {"embed": (0,), "out": (), "typo": (0,)})
 
 
 def test_match_tree_orders_leaves_as_the_params():
-    assert match_tree("depths", {"out": {"kernel": 1, "bias": 2}, "embed": 3}, PARAMS) == [
+    assert match_tree(
+        "depths", {"out": {"kernel": 1, "bias": 2}, "embed": 3}, PARAMS
+    ) == [
         3,
         2,
         1,
@@ -194,7 +200,9 @@ def test_updates_must_be_those_of_the_state():
     check_layout(where, 3, [(5, 3), (2,), (3, 2)])
     with pytest.raises(ValueError, match="3 leaves .*but the state was .* for 2"):
         check_layout(where, 2, [(5, 3), (2,)])
-    with pytest.raises(ValueError, match=r"\['out'\]\['bias'\] has shape \(2,\).*\(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"\['out'\]\['bias'\] has shape \(2,\).*\(4,\)"
+    ):
         check_layout(where, 3, [(5, 3), (4,), (3, 2)])
     with pytest.raises(ValueError, match="3 units"):
         check_layout(layout(PARAMS, "leaf"), 3, [(4,)])

@@ -1,8 +1,9 @@
 """Programs here run for a few steps of a few numbers: what takes time is to compile."""
 
-import helpers
 import jax
 import pytest
+
+import helpers
 from priorityprop_jax import _priority
 
 

@@ -3,13 +3,14 @@
 import functools
 
 import chex
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import kinds, subjects, SUBJECTS
+
+import helpers
+from helpers import kinds, SUBJECTS, subjects
 from priorityprop_jax import prioritize
 
 
@@ -132,7 +133,9 @@ def test_quotas_do_not_depend_on_x64():
 
 
 def weakly_typed(tree):
-    return jax.tree.map(lambda x: x * 1.0, jax.tree.map(lambda _: jnp.asarray(2.0), tree))
+    return jax.tree.map(
+        lambda x: x * 1.0, jax.tree.map(lambda _: jnp.asarray(2.0), tree)
+    )
 
 
 @subjects(helpers.CORE)
@@ -168,7 +171,9 @@ def test_pure_and_params_may_be_left_out(name, allocation):
     chex.assert_trees_all_close(tx.update(grads, state), before, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["priority_prop-leaf-argsort", "adam>priority_prop-leaf"])
+@pytest.mark.parametrize(
+    "name", ["priority_prop-leaf-argsort", "adam>priority_prop-leaf"]
+)
 def test_unknown_extra_args_are_ignored(name, allocation):
     del allocation
     params = helpers.model()
@@ -239,12 +244,17 @@ def test_what_is_absent_does_not_compete(units):
     present = {"b": jnp.ones((2, 3)), "c": {"w": jnp.ones(3)}}
     absent = {"a": None, "b": jnp.ones((2, 3)), "c": {"m": optax.MaskedNode()}}
     absent["c"]["w"] = jnp.ones(3)
-    name, expected = f"priority_prop-{units}-argsort", {"leaf": 2, "axis": 5, "element": 9}
+    name, expected = (
+        f"priority_prop-{units}-argsort",
+        {"leaf": 2, "axis": 5, "element": 9},
+    )
     quotas = []
     for tree in (present, absent):
         tx = build(name, tree)
         _, state = tx.update(helpers.random_like(tree, 3), tx.init(tree))
-        quotas.append(np.concatenate([np.ravel(q) for q in jax.tree.leaves(state.quotas)]))
+        quotas.append(
+            np.concatenate([np.ravel(q) for q in jax.tree.leaves(state.quotas)])
+        )
         assert quotas[-1].sum() == expected[units] * 4 // 2 == state.budget
         assert quotas[-1].size == expected[units]
     np.testing.assert_array_equal(*quotas)
@@ -350,7 +360,9 @@ def test_differentiable(units, resting, allocation):
     chex.assert_trees_all_close(slope, kept, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["prioritize-adam-leaf-decay", "prioritize-adam-axis-keep"])
+@pytest.mark.parametrize(
+    "name", ["prioritize-adam-leaf-decay", "prioritize-adam-axis-keep"]
+)
 def test_differentiable_without_nan_through_adam(name, allocation):
     """Forwards also where updates come in a loop, backwards where they do not."""
     del allocation

@@ -3,15 +3,16 @@
 import functools
 
 import chex
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers import kinds, subjects, SUBJECTS
 from jax.sharding import NamedSharding, PartitionSpec
+
+import helpers
+from helpers import kinds, SUBJECTS, subjects
 from priorityprop_jax import prioritize, priority_prop
 
 
@@ -215,7 +216,9 @@ def test_inject_hyperparams_of_prioritize(allocation):
     injected = optax.inject_hyperparams(prioritize, static_args=(*STATIC, "inner"))
     tx = injected(optax.adam(0.01), **SHORT)
     out, _, state = helpers.run(tx, params, grads)
-    expected, _, plain = helpers.run(prioritize(optax.adam(0.01), **SHORT), params, grads)
+    expected, _, plain = helpers.run(
+        prioritize(optax.adam(0.01), **SHORT), params, grads
+    )
     close(out, expected)
     close(state.inner_state.inner, plain.inner)
 
@@ -276,7 +279,9 @@ def is_adam(x):
     return isinstance(x, optax.ScaleByAdamState)
 
 
-@pytest.mark.parametrize("name", ["priority_prop-element-argsort", "prioritize-adam-leaf-keep"])
+@pytest.mark.parametrize(
+    "name", ["priority_prop-element-argsort", "prioritize-adam-leaf-keep"]
+)
 def test_shardings_from_map_params_place_the_state(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     params = {"a": jnp.ones((8, 2)), "b": jnp.ones((16,))}
