@@ -249,7 +249,7 @@ def test_traces_once_for_all_values(method):
 @hypothesis.given(batch=st.lists(problems([4]), min_size=8, max_size=8))
 @hypothesis.settings(property_test, max_examples=20)
 def test_vmap_over_everything(method, batch):
-    solve = jax.vmap(functools.partial(allocate, method=method))
+    solve = jax.vmap(lambda *x: allocate(*x, method=method))
     scores, *numbers = (np.stack(column) for column in zip(*batch, strict=True))
     found = solve(scores, *numbers)
     assert found.tolist() == [exact_quotas(*problem) for problem in batch]

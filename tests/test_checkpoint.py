@@ -57,7 +57,9 @@ def through_orbax(state, fresh, path):
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
         abstract = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, fresh)
-        return checkpointer.restore(path, abstract)
+        restored = checkpointer.restore(path, abstract)
+    # Committed to a device now, for which the step would be compiled once more.
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), restored)
 
 
 FORMATS = (through_bytes, through_state_dict, through_pickle, through_orbax)

@@ -244,9 +244,10 @@ def test_what_becomes_of_the_state_while_resting(resting, many, monkeypatch):
 AXES = {"bias": (0,), "kernel": (1,), "scale": ()}
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize(
+    ("units", "many"), [("axes", True), ("element", False)], ids=["axes", "element"]
+)
 @pytest.mark.parametrize("resting", ["keep", "decay", "reset"])
-@pytest.mark.parametrize("units", ["axes", "element"])
 def test_units_finer_than_a_leaf(units, resting, many):
     """Momentum, element by element: each is as if it were a leaf of its own."""
     axes = [tuple(range(g.ndim)) for g in SMALL.values()]

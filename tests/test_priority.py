@@ -100,7 +100,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "by bisection" in name else [])
+        for name in CASES
+    ],
+)
 def test_cycles_equal_the_simulation(name):
     settings, given = CASES[name]
     same = ("budget", "min_updates", "max_updates", "recalc_every", "magnitude")
