@@ -115,8 +115,8 @@ def check_settings(settings: Settings) -> Settings:
     elif is_traced(settings.units) or isinstance(settings.units, jax.Array):
         raise TypeError(
             f"units decide shapes and must be 'leaf', 'element' or a pytree of "
-            f"tuples of axes, got {settings.units!r}. Under optax.inject_hyperparams name "
-            f"them in static_args: inject_hyperparams(..., static_args=('units',))"
+            f"tuples of axes, got {settings.units!r}. Under optax.inject_hyperparams "
+            f"name them in static_args: inject_hyperparams(..., static_args=('units',))"
         )
     check_name("magnitude", settings.magnitude, MAGNITUDES)
     check_name("depth_from", settings.depth_from, ("loss", "input"))

@@ -1,6 +1,5 @@
 """Quotas against rational arithmetic, and every promise about them by itself."""
 
-import functools
 from typing import NamedTuple
 
 import chex
@@ -384,3 +383,8 @@ def test_bad_input(arguments, error, message):
 def test_traced_budget_of_the_wrong_type():
     with pytest.raises(TypeError, match="budget must be an integer scalar"):
         jax.jit(allocate)(jnp.ones(3), 0.5)
+
+
+def test_complex_scores_are_an_error():
+    with pytest.raises(TypeError, match="scores must be real, got dtype complex64"):
+        allocate(np.ones(3, np.complex64), 10)
