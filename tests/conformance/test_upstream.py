@@ -155,8 +155,9 @@ def upstream():
     return call
 
 
-CONTRIB = _common_test.ContribTest
-ALIAS = alias_test.AliasTest
+# Functions, as pytest would run a class that it finds here.
+contrib = lambda: _common_test.ContribTest
+of_alias = lambda: alias_test.AliasTest
 ALONE = {"wrapper_name": None, "wrapper_kwargs": None}
 WRAPPED = {
     "mechanize": {"weight_decay": 0.0},
@@ -179,14 +180,14 @@ def test_bodies_are_found_and_can_fail(upstream):
 def test_extra_args(factory, subject, upstream):
     del factory
     upstream(
-        CONTRIB, "test_optimizers_accept_extra_args", **subject, **ALONE, wrap=False
+        contrib(), "test_optimizers_accept_extra_args", **subject, **ALONE, wrap=False
     )
 
 
 @factories(around_sgd)
 def test_extra_args_of_alias(factory, subject, upstream):
     del factory
-    upstream(ALIAS, "test_optimizers_accept_extra_args", **subject)
+    upstream(of_alias(), "test_optimizers_accept_extra_args", **subject)
 
 
 PARABOLA, ROSENBROCK = alias_test._setup_parabola, alias_test._setup_rosenbrock
@@ -229,7 +230,7 @@ def test_optimizers(factory, target, subject, upstream):
     """30,000 steps in one scan; arrays of one and two dimensions."""
     del factory
     upstream(
-        CONTRIB, "test_optimizers", **subject, **ALONE, target=target, dtype="float32"
+        contrib(), "test_optimizers", **subject, **ALONE, target=target, dtype="float32"
     )
 
 
@@ -237,7 +238,7 @@ def test_optimizers(factory, target, subject, upstream):
 def test_inject_hyperparams(factory, subject, upstream):
     del factory
     test = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
-    upstream(ALIAS, test, **subject)
+    upstream(of_alias(), test, **subject)
 
 
 @factories()
@@ -245,14 +246,14 @@ def test_inject_hyperparams_of_contrib(factory, subject, upstream):
     del factory
     test = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
     subject["opt_kwargs"]["budget"] = 0.75
-    upstream(CONTRIB, test, **subject)
+    upstream(contrib(), test, **subject)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @factories(around_adamw)
 def test_preserve_dtype(factory, dtype, subject, upstream):
     del factory
-    upstream(ALIAS, "test_preserve_dtype", **subject, dtype=dtype)
+    upstream(of_alias(), "test_preserve_dtype", **subject, dtype=dtype)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
@@ -260,9 +261,9 @@ def test_preserve_dtype(factory, dtype, subject, upstream):
 def test_preserve_dtype_when_wrapped(factory, wrapper, subject, upstream):
     del factory
     kwargs = {"wrapper_name": wrapper, "wrapper_kwargs": WRAPPED[wrapper]}
-    upstream(CONTRIB, "test_preserve_dtype", **subject, **kwargs, dtype="float32")
+    upstream(contrib(), "test_preserve_dtype", **subject, **kwargs, dtype="float32")
     upstream(
-        CONTRIB, "test_gradient_accumulation", **subject, **kwargs, dtype="float32"
+        contrib(), "test_gradient_accumulation", **subject, **kwargs, dtype="float32"
     )
 
 
@@ -270,8 +271,8 @@ def test_preserve_dtype_when_wrapped(factory, wrapper, subject, upstream):
 @factories()
 def test_gradient_accumulation(factory, dtype, subject, upstream):
     del factory
-    upstream(ALIAS, "test_gradient_accumulation", **subject, dtype=dtype)
-    upstream(CONTRIB, "test_gradient_accumulation", **subject, dtype=dtype)
+    upstream(of_alias(), "test_gradient_accumulation", **subject, dtype=dtype)
+    upstream(contrib(), "test_gradient_accumulation", **subject, dtype=dtype)
 
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
@@ -290,14 +291,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128"
 def test_state_shape_dtype_shard_stability(factory, dtype, subject, upstream):
     del factory
     test = "test_state_shape_dtype_shard_stability"
-    upstream(ALIAS, test, **subject, dtype=getattr(jnp, dtype))
+    upstream(of_alias(), test, **subject, dtype=getattr(jnp, dtype))
 
 
 @factories(around_adam)
 def test_learning_rate_schedules(factory, subject, upstream):
     del factory
     test = "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such"
-    upstream(CONTRIB, test, **subject, **ALONE)
+    upstream(contrib(), test, **subject, **ALONE)
 
 
 @factories(before_adam, around_adamw)
