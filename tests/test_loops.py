@@ -30,22 +30,18 @@ def around_adam(**kwargs):
     return prioritize(optax.adam(1e-2), **kwargs)
 
 
-MAKERS = {"priority_prop": before_adam, "prioritize": around_adam}
-# Of whole leaves, of axes given as a prefix tree, and of elements.
-UNITS = {
-    "leaf": "leaf",
-    "axes": {name: (0,) if name == "Dense_1" else () for name in NAMES},
-    "element": "element",
-}
-SETTINGS = {"budget": 0.4, "max_updates": 10}
+# Units along axes, given as a prefix tree, and whole leaves.
+ROWS = {name: (0,) if name == "Dense_1" else () for name in NAMES}
+SETUPS = {"priority_prop": (before_adam, ROWS), "prioritize": (around_adam, "leaf")}
+# By hand: the last layer is at the loss.
+DEPTHS = {name: {"kernel": d, "bias": d} for d, name in enumerate(reversed(NAMES))}
+
+both = pytest.mark.parametrize("setup", SETUPS)
 
 
-def cases(*names):
-    """Pairs of a maker and units: not all of them, each has to be compiled."""
-    pairs = [name.split("-") for name in names]
-    return pytest.mark.parametrize(
-        "make, units", [(MAKERS[m], units) for m, units in pairs], ids=names
-    )
+def build(setup, depths=DEPTHS):
+    make, units = SETUPS[setup]
+    return make(budget=0.4, max_updates=10, units=units, depths=depths)
 
 
 @pytest.fixture(autouse=True)
@@ -86,66 +82,60 @@ def batches():
     return x, np.sin(x @ rng.normal(size=(SIZES[0], SIZES[-1])).astype(np.float32))
 
 
+def steps():
+    return zip(*batches(), strict=True)
+
+
 def plain_step(tx, params, state, x, y):
     grads = jax.grad(loss_fn)(params, x, y)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
 
-_PLAIN = {}
-
-
-def plain_loop(make, units):
+@functools.cache
+def plain_loop(setup):
     """Params, quotas and active leaves after each step of the loop compared with."""
-    key = make, units
-    if key not in _PLAIN:
-        tx = make(units=UNITS[units], depths=DEPTHS, **SETTINGS)
-        params, history = jax.tree.map(jnp.array, initial_params()), []
-        state = tx.init(params)
-        step = jax.jit(functools.partial(plain_step, tx))
-        for batch in zip(*batches(), strict=True):
-            params, state = step(params, state, *batch)
-            quotas = jax.tree.leaves(optax.tree.get(state, "quotas"))
-            history.append((params, quotas, active(state, params)))
-        assert step._cache_size() == 1
-        _PLAIN[key] = jax.device_get(history)
-    return _PLAIN[key]
+    tx = build(setup)
+    params, history = jax.tree.map(jnp.array, initial_params()), []
+    state = tx.init(params)
+    step = jax.jit(functools.partial(plain_step, tx))
+    for batch in steps():
+        params, state = step(params, state, *batch)
+        history.append((params, optax.tree.get(state, "quotas"), active(state, params)))
+    assert step._cache_size() == 1
+    return jax.device_get(history)
 
 
-# By hand: the last layer is at the loss.
-DEPTHS = {name: {"kernel": d, "bias": d} for d, name in enumerate(reversed(NAMES))}
+def in_step(setup):
+    """Each batch, and what the plain loop has after it."""
+    return zip(steps(), plain_loop(setup), strict=True)
 
 
 def check(params, quotas, expected, used=None):
     """As the plain loop has it, to rounding. Leaves are in the same order."""
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
     jax.tree.map(close, jax.tree.leaves(params), jax.tree.leaves(expected[0]))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(quotas), expected[1])
+    (quotas,) = jax.tree.leaves(quotas)
+    np.testing.assert_array_equal(quotas, expected[1])
     if used is not None:
         assert jax.tree.leaves(used) == jax.tree.leaves(expected[2])
 
 
-@cases("priority_prop-axes", "prioritize-leaf", "prioritize-element")
-def test_plain_loop_spends_the_budget_unevenly(make, units):
-    history = plain_loop(make, units)
-    changes = {
-        np.concatenate([q.ravel() for q in quotas]).tobytes()
-        for _, quotas, _ in history
-    }
-    assert len(changes) == 3  # one allocation per cycle of ten steps
-    for _, quotas, _ in history:
-        flat = np.concatenate([q.ravel() for q in quotas])
-        assert flat.sum() == np.ceil(0.4 * 10 * flat.size)
-        assert flat.min() < flat.max()
+@both
+def test_plain_loop_spends_the_budget_unevenly(setup):
+    history = plain_loop(setup)
+    quotas = np.stack([quotas for _, quotas, _ in history])
+    assert len(np.unique(quotas, axis=0)) == 3  # one allocation per cycle of ten steps
+    np.testing.assert_array_equal(quotas.sum(1), np.ceil(0.4 * 10 * quotas.shape[1]))
+    assert (quotas.min(1) < quotas.max(1)).all()
     used = [sum(jax.tree.leaves(used)) for *_, used in history]
-    assert used[9] == used[19] == 6  # before a cycle: all leaves
-    if units == "leaf":
-        assert min(used) < 6
+    assert used[9] == used[19] == 6  # all leaves before a new cycle
+    assert min(used) < 6
 
 
-@cases("prioritize-leaf", "prioritize-element")
-def test_scan_over_steps(make, units):
-    tx = make(units=UNITS[units], depths=DEPTHS, **SETTINGS)
+@both
+def test_scan_over_steps(setup):
+    tx = build(setup)
 
     @jax.jit
     @chex.assert_max_traces(1)
@@ -157,32 +147,26 @@ def test_scan_over_steps(make, units):
         return jax.lax.scan(step, (params, tx.init(params)), data)[1]
 
     all_params, all_quotas = run(initial_params(), batches())
-    for t, expected in enumerate(plain_loop(make, units)):
+    for t, expected in enumerate(plain_loop(setup)):
         now = jax.tree.map(lambda x, t=t: x[t], (all_params, all_quotas))
         check(*now, expected)
 
 
-@cases("prioritize-leaf")
-def test_without_jit(make, units):
-    tx = make(units=UNITS[units], depths=DEPTHS, **SETTINGS)
+def test_without_jit():
+    tx = build("prioritize")
     params = initial_params()
     state = tx.init(params)
-    for batch, expected in zip(
-        zip(*batches(), strict=True), plain_loop(make, units), strict=True
-    ):
+    for batch, expected in in_step("prioritize"):
         params, state = plain_step(tx, params, state, *batch)
         check(params, optax.tree.get(state, "quotas"), expected, active(state, params))
 
 
-@cases("priority_prop-axes")
-def test_donated_buffers(make, units):
-    tx = make(units=UNITS[units], depths=DEPTHS, **SETTINGS)
+def test_donated_buffers():
+    tx = build("priority_prop")
     params = jax.tree.map(jnp.array, initial_params())
     state = tx.init(params)
     step = jax.jit(plain_step, static_argnums=0, donate_argnums=(1, 2))
-    for batch, expected in zip(
-        zip(*batches(), strict=True), plain_loop(make, units), strict=True
-    ):
+    for batch, expected in in_step("priority_prop"):
         before = params
         params, state = step(tx, params, state, *batch)
         assert all(x.is_deleted() for x in jax.tree.leaves(before))
@@ -197,13 +181,13 @@ class Linen(nn.Module):
         return nn.Dense(SIZES[-1])(x)
 
 
-@cases("priority_prop-axes", "prioritize-leaf")
-def test_linen_train_state(make, units):
+@both
+def test_linen_train_state(setup):
     model = Linen()
     variables = {"params": initial_params()}
     depths = infer_depths(model.apply, variables, batches()[0][0])["params"]
     assert depths == DEPTHS
-    tx = make(units=UNITS[units], depths=depths, **SETTINGS)
+    tx = build(setup, depths)
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
 
     @jax.jit
@@ -212,9 +196,7 @@ def test_linen_train_state(make, units):
         loss = lambda params: error(state.apply_fn({"params": params}, x), y)
         return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
-    for batch, expected in zip(
-        zip(*batches(), strict=True), plain_loop(make, units), strict=True
-    ):
+    for batch, expected in in_step(setup):
         state = step(state, *batch)
         used = active(state.opt_state, state.params)
         check(state.params, optax.tree.get(state.opt_state, "quotas"), expected, used)
@@ -247,13 +229,13 @@ def nnx_depths(model):
     return infer_depths(fun, params, batches()[0][0])
 
 
-@cases("priority_prop-axes", "prioritize-leaf")
-def test_nnx_optimizer(make, units):
+@both
+def test_nnx_optimizer(setup):
     model = nnx_model()
     depths = nnx_depths(model)
     assert isinstance(depths, nnx.State)
     assert jax.tree.leaves(depths) == jax.tree.leaves(DEPTHS)
-    tx = make(units=UNITS[units], depths=depths, **SETTINGS)
+    tx = build(setup, depths)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -262,9 +244,7 @@ def test_nnx_optimizer(make, units):
         grads = nnx.grad(lambda model: error(model(x), y))(model)
         optimizer.update(model, grads)
 
-    for batch, expected in zip(
-        zip(*batches(), strict=True), plain_loop(make, units), strict=True
-    ):
+    for batch, expected in in_step(setup):
         step(model, optimizer, *batch)
         params = nnx.state(model, nnx.Param)
         quotas = optax.tree.get(optimizer.opt_state, "quotas")
@@ -280,7 +260,7 @@ def test_nnx_depths_are_found_by_name(kind):
     depths = {"nnx.State": nnx_depths(model), "PyTree of names": DEPTHS}.get(kind)
     if kind == "reversed":  # and they do matter
         depths = jax.tree.map(lambda d: 2 - d, DEPTHS)
-    tx = before_adam(depths=depths, **SETTINGS)
+    tx = build("prioritize", depths)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     found = optax.tree.get(optimizer.opt_state, "depths")
     found = jax.tree.leaves(found)[0]
@@ -329,13 +309,12 @@ def as_dict(model):
     }
 
 
-@cases("prioritize-leaf", "prioritize-element")
-def test_equinox(make, units):
+def test_equinox():
     model = equinox_model()
     params, static = eqx.partition(model, eqx.is_inexact_array)
     fun = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
     depths = infer_depths(fun, params, batches()[0][0])
-    tx = make(units=units, depths=depths, **SETTINGS)
+    tx = build("prioritize", depths)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -346,23 +325,12 @@ def test_equinox(make, units):
         updates, state = tx.update(grads, state, params)
         return eqx.apply_updates(model, updates), state
 
-    # Ties in the order of units aside, the order of leaves must not matter.
-    for batch, (params, quotas, used) in zip(
-        zip(*batches(), strict=True), plain_loop(make, units), strict=True
-    ):
+    for batch, (expected, quotas, used) in in_step("prioritize"):
         model, state = step(model, state, *batch)
+        swapped = np.reshape(quotas, (-1, 2))[:, ::-1].ravel()
         found = optax.tree.get(state, "quotas")
-        if units == "leaf":
-            quotas = np.reshape(quotas[0], (-1, 2))[:, ::-1].ravel()
-            check(as_dict(model), found, (params, [quotas]))
-        else:
-            check(as_dict(model), as_dict(found), (params, quotas))
+        check(as_dict(model), found, (expected, swapped))
         now = active(state, eqx.filter(model, eqx.is_inexact_array))
-        assert jax.tree.leaves(as_dict_of_bools(now)) == jax.tree.leaves(used)
-
-
-def as_dict_of_bools(model):
-    return {
-        name: {"kernel": layer.weight, "bias": layer.bias}
-        for name, layer in zip(NAMES, model.layers, strict=True)
-    }
+        assert jax.tree.structure(now).num_leaves == 6  # None where None was
+        as_bools = [[layer.bias, layer.weight] for layer in now.layers]
+        assert jax.tree.leaves(as_bools) == jax.tree.leaves(used)

@@ -1,0 +1,1 @@
+"""Every use of optax, on every transformation of ours."""
