@@ -82,7 +82,7 @@ def train_step(tx: optax.GradientTransformation, loss: Callable, params, batch) 
             held[0] = compiled(*held[0], batch)
         return held[0]
 
-    return Case(cycle, (batch,))
+    return Case(cycle, (batch,), compiled, (*held[0], batch))
 
 
 def main() -> None:

@@ -258,7 +258,8 @@ class _Plan(NamedTuple):
     score_state: Any
     budget: jax.Array
     nonfinite: jax.Array
-    finite: list[jax.Array]  # for leaf and axis units: whose gradient can be used
+    # Whose gradient can be used; empty where each element can tell for itself.
+    finite: list[jax.Array]
 
 
 def advance(
@@ -270,7 +271,9 @@ def advance(
     leaves = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
     r = state.step % settings.recalc_every
     # Made out here: in a branch of the cond they would lose an explicit sharding.
-    finite = [] if settings.by_element else [jnp.ones((where.size,), bool)]
+    kept = not settings.by_element or settings.axis_name is not None
+    like = jax.tree.leaves(state.quotas) if kept else []
+    finite = [jnp.ones_like(q, dtype=bool) for q in like]
     plan = _Plan(
         state.scores,
         state.quotas,

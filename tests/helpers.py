@@ -75,7 +75,7 @@ def _subjects():
 
 
 SUBJECTS = dict(_subjects())
-# One of each kind; the others are left to `-m slow`.
+# One of each kind; and fewer, for what is alike for all kinds.
 CORE = (
     "priority_prop-leaf-argsort",
     "priority_prop-axis-bisect",
@@ -96,14 +96,10 @@ FEW = (
 )
 
 
-def subjects(fast=CORE):
-    """Parametrizes a test over all subjects, of which only `fast` are not slow."""
-    slow = [
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in SUBJECTS
-        if name not in fast
-    ]
-    return pytest.mark.parametrize("name", [*fast, *slow])
+def subjects(fast=FEW, slow=CORE):
+    """Parametrizes a test: over `fast`, and when slow over the rest of `slow`."""
+    rest = [pytest.param(n, marks=pytest.mark.slow) for n in slow if n not in fast]
+    return pytest.mark.parametrize("name", [*fast, *rest])
 
 
 def model(dtype=jnp.float32):

@@ -16,6 +16,7 @@ from priorityprop_jax import prioritize, priority_prop
 
 
 SETTINGS = {"budget": 0.4, "max_updates": 6, "recalc_every": 4}
+REPLICAS = 4  # threads that take turns on fewer cores
 STEPS = 5  # of which two begin a cycle
 SHAPES = {"big": (64, 32), "wide": (16, 64), "bias": (32,)}
 AXES = {"big": (0,), "wide": (1,), "bias": ()}
@@ -42,6 +43,10 @@ def random_tree(seed, *lead):
         name: (rng.normal(size=(*lead, *shape)) * 10.0**-i).astype(np.float32)
         for i, (name, shape) in enumerate(SHAPES.items())
     }
+
+
+def replica_mesh():
+    return jax.make_mesh((REPLICAS,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def quotas_of(state):
@@ -87,10 +92,10 @@ def assert_same(history, expected):
 
 
 def one_sided_grads(seed):
-    """Gradients of 8 replicas, of which each finds another leaf important."""
-    grads = random_tree(seed, 8)
+    """Gradients of all replicas, of which each finds another leaf important."""
+    grads = random_tree(seed, REPLICAS)
     names = list(SHAPES)
-    for replica in range(8):
+    for replica in range(REPLICAS):
         grads[names[replica % 3]][replica] *= 1e4
     return grads
 
@@ -115,7 +120,7 @@ def quotas_on_one_device(all_grads):
 
 def test_replicas_would_not_agree_on_their_own():
     """That is, the tests after this one can fail."""
-    own = [jax.tree.map(lambda g, i=i: g[i], GRADS[0]) for i in range(8)]
+    own = [jax.tree.map(lambda g, i=i: g[i], GRADS[0]) for i in range(REPLICAS)]
     quotas = {tuple(quotas_on_one_device([grads])[0]) for grads in own}
     assert len(quotas) > 1
 
@@ -128,9 +133,9 @@ def test_pmap():
         updates = jax.lax.pmean(updates, "i")
         return optax.apply_updates(params, updates), state
 
-    stack = lambda tree: jax.tree.map(lambda x: np.stack([x] * 8), tree)
+    stack = lambda tree: jax.tree.map(lambda x: np.stack([x] * REPLICAS), tree)
     params = random_tree(0)
-    mapped = jax.pmap(step, axis_name="i")
+    mapped = jax.pmap(step, axis_name="i", devices=jax.devices()[:REPLICAS])
     history = run(mapped, stack(params), stack(tx.init(params)), GRADS)
     for params, quotas in history:
         for x in jax.tree.leaves((params, quotas)):
@@ -143,7 +148,7 @@ def test_pmap():
 def test_shard_map():
     """Under `check_vma`: the state comes out as replicated as it went in."""
     tx = around_adam(axis_name="i")
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = replica_mesh()
 
     def step(params, state, grads):
         own = jax.tree.map(lambda g: g[0], grads)
@@ -160,25 +165,41 @@ def test_shard_map():
     assert_same(history, on_one_device("leaf")(mean))
 
 
-def test_shard_map_with_gradients_that_differ():
-    """Updates differ between replicas and say so; the state does not."""
-    tx = priority_prop(**SETTINGS, axis_name="i")
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+def update_apart(units):
+    """One update of replicas that each have their own gradients."""
+    tx = priority_prop(**SETTINGS, units=units, axis_name="i")
 
     def step(state, grads):
         updates, state = tx.update(jax.tree.map(lambda g: g[0], grads), state)
         return jax.tree.map(lambda u: u[None], updates), state
 
-    sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P("i")), out_specs=(P("i"), P()), check_vma=True
-    )
-    state = tx.init(random_tree(0))
-    updates, state = jax.jit(sharded)(state, GRADS[0])
+    specs = {"in_specs": (P(), P("i")), "out_specs": (P("i"), P())}
+    step = jax.jit(jax.shard_map(step, mesh=replica_mesh(), check_vma=True, **specs))
+    return lambda grads: step(tx.init(jax.tree.map(lambda g: g[0], grads)), grads)
+
+
+def test_shard_map_with_gradients_that_differ():
+    """Updates differ between replicas and say so; the state does not."""
+    updates, state = update_apart("leaf")(GRADS[0])
     (expected,) = quotas_on_one_device([mean_of_magnitudes(GRADS[0])])
     np.testing.assert_array_equal(state.quotas, expected)
     times = dict(zip(sorted(SHAPES), -(-np.asarray(state.quotas) // 4), strict=True))
     for name, g in GRADS[0].items():
         np.testing.assert_allclose(updates[name], g * times[name])
+
+
+@pytest.mark.parametrize("units", ["leaf", "element"])
+def test_what_is_not_finite_anywhere_rests_everywhere(units):
+    """Else the counts of the replicas would go apart without a word."""
+    grads = {"a": np.ones((REPLICAS, 3), np.float32), "b": np.ones((REPLICAS, 2), np.float32)}
+    grads["a"][1, 2] = np.nan
+    updates, state = update_apart(units)(grads)
+    rests = [False, False, True] if units == "element" else [True] * 3
+    np.testing.assert_array_equal(updates["a"] == 0, [rests] * REPLICAS)
+    assert (np.asarray(updates["b"]) > 0).all()
+    counts = [np.asarray(x) for shard in devices_of(state.counts) for x in shard]
+    for count in counts:
+        np.testing.assert_array_equal(count, counts[0])
 
 
 # By the compiler: arrays are sharded, and nothing is said to the transformation.
@@ -211,7 +232,7 @@ def check_shardings(tree, shardings):
 def test_data_parallel():
     """The batch is sharded; the gradients are global, and so is the choice."""
     tx = around_adam()
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    mesh = replica_mesh()
     replicated = NamedSharding(mesh, P())
     rng = np.random.default_rng(0)
     x = rng.normal(size=(STEPS, 32, 64)).astype(np.float32)
@@ -290,7 +311,7 @@ def test_sharded_params(units, allocation):
 @pytest.mark.parametrize(
     "units, allocation, compiled, context",
     [
-        ("element", "bisect", "jit", "no mesh"),
+        pytest.param("element", "bisect", "jit", "no mesh", marks=pytest.mark.slow),
         ("element", "argsort", "jit", "mesh"),
         ("axes", "argsort", "jit", "no mesh"),
         ("leaf", "argsort", "eager", "no mesh"),

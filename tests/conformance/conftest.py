@@ -16,10 +16,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(params=["quick", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.fixture
 def allocation(request, monkeypatch):
-    """Runs the test with a stand-in for the allocation; and when slow, as it is."""
-    if request.param == "quick":
-        monkeypatch.setattr(_priority, "allocate_vector", helpers.quick_vector)
-        monkeypatch.setattr(_priority, "allocate_leaves", helpers.quick_leaves)
-    return request.param
+    """Puts a stand-in in the place of the exact allocation, unless the test is slow."""
+    if request.node.get_closest_marker("slow"):
+        return "exact"
+    monkeypatch.setattr(_priority, "allocate_vector", helpers.quick_vector)
+    monkeypatch.setattr(_priority, "allocate_leaves", helpers.quick_leaves)
+    return "quick"

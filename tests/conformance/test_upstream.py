@@ -176,6 +176,7 @@ def test_bodies_are_found_and_can_fail(upstream):
         upstream(_masking_test.MaskedTest, "test_nested_mask", lambda: broken)
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(before_adam, around_adamw)
 def test_extra_args(factory, subject, upstream):
     del factory
@@ -184,6 +185,7 @@ def test_extra_args(factory, subject, upstream):
     )
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(around_sgd)
 def test_extra_args_of_alias(factory, subject, upstream):
     del factory
@@ -212,7 +214,11 @@ def test_optimization(factory, target, dtype, subject, upstream):
     if factory is around_sgd and target is PARABOLA:
         subject["opt_kwargs"] = {"learning_rate": 1e-2}
     upstream(
-        of_alias(), "test_optimization", **subject, target=target, dtype=getattr(jnp, dtype)
+        of_alias(),
+        "test_optimization",
+        **subject,
+        target=target,
+        dtype=getattr(jnp, dtype),
     )
 
 
@@ -232,6 +238,7 @@ def test_optimizers(factory, target, subject, upstream):
     )
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(after_adam, around_adam)
 def test_inject_hyperparams(factory, subject, upstream):
     del factory
@@ -247,6 +254,7 @@ def test_inject_hyperparams_of_contrib(factory, subject, upstream):
     upstream(contrib(), test, **subject)
 
 
+@pytest.mark.usefixtures("allocation")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @factories(around_adamw)
 def test_preserve_dtype(factory, dtype, subject, upstream):
@@ -276,6 +284,7 @@ def test_gradient_accumulation(factory, dtype, subject, upstream):
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
+@pytest.mark.usefixtures("allocation")
 @pytest.mark.parametrize(
     ("factory", "dtype"),
     [
@@ -292,6 +301,7 @@ def test_state_shape_dtype_shard_stability(factory, dtype, subject, upstream):
     upstream(of_alias(), test, **subject, dtype=getattr(jnp, dtype))
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(around_adam)
 def test_learning_rate_schedules(factory, subject, upstream):
     del factory
@@ -299,6 +309,7 @@ def test_learning_rate_schedules(factory, subject, upstream):
     upstream(contrib(), test, **subject, **ALONE)
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(before_adam, around_adamw)
 def test_mixed_float32_and_float64(factory, upstream):
     kwargs = {"learning_rate": RATES[factory]}
@@ -325,6 +336,7 @@ def test_sharding(factory, test, upstream, monkeypatch):
     upstream(sharding_test.ShardingTest, test, factory(RATES[factory]))
 
 
+@pytest.mark.usefixtures("allocation")
 @factories(before_adam, around_adam)
 def test_scalers(factory, upstream):
     build = functools.partial(factory, RATES[factory])
@@ -363,6 +375,7 @@ MASKS = (
 )
 
 
+@pytest.mark.usefixtures("allocation")
 @pytest.mark.parametrize(
     ("builder", "test"),
     [
@@ -375,6 +388,7 @@ def test_masks(builder, test, upstream):
     upstream(_masking_test.MaskedTest, test[0], builder, *test[1:])
 
 
+@pytest.mark.usefixtures("allocation")
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_apply_if_finite(builder, upstream):
     """Also that NaN gets through in the end: nobody asked us to stop it."""
