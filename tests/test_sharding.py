@@ -191,15 +191,20 @@ def test_shard_map_with_gradients_that_differ():
 @pytest.mark.parametrize("units", ["leaf", "element"])
 def test_what_is_not_finite_anywhere_rests_everywhere(units):
     """Else the counts of the replicas would go apart without a word."""
-    grads = {"a": np.ones((REPLICAS, 3), np.float32), "b": np.ones((REPLICAS, 2), np.float32)}
+    grads = {
+        "a": np.ones((REPLICAS, 3), np.float32),
+        "b": np.ones((REPLICAS, 2), np.float32),
+    }
     grads["a"][1, 2] = np.nan
     updates, state = update_apart(units)(grads)
     rests = [False, False, True] if units == "element" else [True] * 3
     np.testing.assert_array_equal(updates["a"] == 0, [rests] * REPLICAS)
     assert (np.asarray(updates["b"]) > 0).all()
-    counts = [np.asarray(x) for shard in devices_of(state.counts) for x in shard]
-    for count in counts:
-        np.testing.assert_array_equal(count, counts[0])
+    for count in jax.tree.leaves(state.counts):
+        shards = [np.asarray(shard.data) for shard in count.addressable_shards]
+        assert len(shards) == REPLICAS
+        for shard in shards:
+            np.testing.assert_array_equal(shard, shards[0])
 
 
 # By the compiler: arrays are sharded, and nothing is said to the transformation.
