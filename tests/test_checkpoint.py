@@ -1,4 +1,4 @@
-"""States survive being written down, and a resumed run is the run itself, bit for bit."""
+"""A state that was written down and read resumes the run itself, bit for bit."""
 
 import functools
 import pickle
