@@ -16,6 +16,7 @@ of 2**-32 of the mantissa's last place at a reference exponent, 56 bits wide.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -180,24 +181,22 @@ def _solve(
     budget, low, high = (
         u32(jnp.maximum(jnp.asarray(x), 0)) for x in (budget, min_updates, max_updates)
     )
-    n = u32(units.size)
-    full = ~exact.less((budget, u32(0)), exact.mul32(n, high))
-    high = jnp.minimum(high, budget)  # no unit can get more, and products stay small
-    short = exact.less((budget, u32(0)), exact.mul32(n, low))
-    low = jnp.where(short, u32(0), jnp.minimum(low, high))
+    # Divided where products of 64 bits would tell the same.
+    fair = budget // u32(units.size)
+    full = high <= fair
+    high = jnp.minimum(high, budget)  # no unit can get more
+    low = jnp.where(low > fair, u32(0), jnp.minimum(low, high))
     units, ordered = _lift_zeros(units, ordered, budget, low, high)
-    bottom, top, window = _thresholds(units, ordered, budget, low, high)
-    quotas = _round(units, budget, low, high, bottom, top, window)
+    found = _search(units, ordered, budget, low, high)
+    quotas = _round(units, budget, low, high, found)
     return [jnp.where(full, high, q).astype(jnp.int32) for q in quotas]
 
 
 def _lift_zeros(units, ordered, budget, low, high):
     """Where the positive scores cannot take the budget, zeros share the rest."""
-    count = _count(units, [b > 0 for b in units.bits])
-    most = exact.add(
-        exact.mul32(count, high), exact.mul32(u32(units.size) - count, low)
-    )
-    rest = exact.less(most, (budget, u32(0)))
+    count = _count([b > 0 for b in units.bits])
+    spare, step = budget - u32(units.size) * low, jnp.maximum(high - low, 1)
+    rest = (count <= spare // step) & (count * step != spare)
 
     def lift(b):
         return jnp.where(rest, jnp.where(b > 0, u32(_HUGE), u32(_ONE)), b)
@@ -206,95 +205,111 @@ def _lift_zeros(units, ordered, budget, low, high):
     return units, None if ordered is None else lift(ordered)
 
 
-def _thresholds(units, ordered, budget, low, high):
-    """The least score that gets the maximum, and the least above the minimum.
+class _Found(NamedTuple):
+    """What a tally found, and between which thresholds."""
 
-    Third, a window: a score that no score between the two exceeds.
+    bottom: jax.Array  # the least score above the minimum
+    top: jax.Array  # the least score that gets the maximum
+    window: jax.Array  # that no score between the two exceeds
+    sums: Words  # see `_tally`
+
+
+def _search(units, ordered, budget, low, high) -> _Found:
+    """Both thresholds, in one loop, because it is the tally that takes long to compile.
+
+    Turn 0 is for `top`, turn 1 for `bottom`; in turn 2 both are tallied.
     """
 
     def candidate(i):  # the breakpoints, in order
         if ordered is None:
-            return i
+            return jnp.maximum(i, 1)
         last = ordered.size - 1
-        return jnp.where(i <= last, ordered[jnp.minimum(i, last)], u32(_BEYOND))
+        bits = jnp.where(i <= last, ordered[jnp.minimum(i, last)], u32(_BEYOND))
+        return jnp.maximum(bits, 1)
 
-    def affordable(factor, probe, bottom, top, window):
-        """Whether the rate ``factor / probe`` spends no more than the budget."""
-        count_low, count_high, share = _tally(units, bottom, top, window)
-        bounded = exact.add(exact.mul32(count_high, high), exact.mul32(count_low, low))
-        rest = exact.scale(budget - bounded[0], exact.fixed_point(probe, window))
-        spent = exact.scale(factor, share)
-        over = exact.less((budget, u32(0)), bounded)
-        return ~over & ~exact.less((*rest, u32(0)), spent)
+    def step(state):
+        turn, bracket, _ = state
+        left, right, bottom, top, window, least = bracket
+        switch = (turn == 0) & (left >= right)
+        if ordered is None:
+            start, stop = least, bottom
+        else:
+            start, stop = u32(0), jnp.where(low > 0, left, 0)
+            bottom = jnp.where(switch, jnp.where(low > 0, top, 0), bottom)
+        turn = turn + u32(left >= right) + u32(switch & (start >= stop))
+        left, right = jnp.where(switch, start, left), jnp.where(switch, stop, right)
 
-    def top_is_affordable(i):
-        t = jnp.maximum(candidate(i), 1)
-        return affordable(high, t, exact.scale_up(t, low, high), t, t)
-
-    end = u32(_BEYOND if ordered is None else ordered.size)
-    first = _bisect(u32(0), end, top_is_affordable)
-    top = jnp.maximum(candidate(first), 1)
-    window = jnp.maximum(candidate(jnp.maximum(first, 1) - 1), 1)
-    # At the rate high / window the budget is overspent, so below this all get low.
-    least = jnp.where(first > 0, exact.scale_up(window, low, high), u32(0))
-
-    def bottom_is_affordable(i):
-        t = jnp.maximum(candidate(i), 1)
-        return (t >= least) & affordable(low, t, t, top, window)
-
-    start, stop = u32(0), first
-    if ordered is None:
-        start, stop = least, jnp.minimum(exact.scale_up(top, low, high), top)
-    stop = jnp.where(low > 0, stop, start)
-    found = _bisect(start, stop, bottom_is_affordable)
-    bottom = jnp.where(low > 0, jnp.maximum(candidate(found), 1), u32(0))
-    return bottom, top, window
-
-
-def _bisect(start, stop, predicate):
-    """The first index in [start, stop) where `predicate` turns true, or stop."""
-
-    def step(bracket):
-        left, right = bracket
         middle = left + (right - left) // 2
-        true = predicate(middle)
-        return jnp.where(true, left, middle + 1), jnp.where(true, middle, right)
+        probe, first = candidate(middle), turn == 0
+        reach = exact.scale_up(probe, low, high)
+        below = jnp.where(first, reach, jnp.where(turn == 1, probe, bottom))
+        above, edge = jnp.where(first, probe, top), jnp.where(first, probe, window)
+        sums = _tally(units, below, above, edge)
+        rest, over, share = _shares(units, sums, budget, low, high)
+        # Whether the rate high / probe, or low / probe, spends no more than the rest.
+        has = (*exact.scale(rest, exact.fixed_point(probe, edge)), u32(0))
+        spent = exact.scale(jnp.where(first, high, low), share)
+        fits = ~over & ~exact.less(has, spent) & (probe >= least)
+        # One array, or XLA compiles all of this again for each of its entries.
+        yes = jnp.stack([left, middle, below, above, window, least])
+        least = jnp.where(first, reach, least)
+        no = jnp.stack([middle + 1, right, bottom, top, edge, least])
+        return turn, jnp.where(fits, yes, no), sums
 
-    return lax.while_loop(lambda b: b[0] < b[1], step, (start, stop))[0]
+    zero, end = u32(0), u32(_BEYOND if ordered is None else ordered.size)
+    bracket = jnp.stack([zero, end, zero, u32(_BEYOND), candidate(zero), zero])
+    none = jnp.zeros((5,), jnp.uint32)
+    state = zero, bracket, (none, none)
+    _, bracket, sums = lax.while_loop(lambda s: s[0] < 2, step, state)
+    return _Found(bracket[2], bracket[3], bracket[4], sums)
 
 
-def _tally(units: Units, bottom, top, window):
-    """Counts below `bottom` and from `top` up, and the sum of the scores between."""
+def _tally(units: Units, bottom, top, window) -> Words:
+    """The sums of the low, middle and high bits of scores in between, and two counts.
+
+    Those are of units from `top` up, and of those in between.
+    """
 
     def terms(bits, index):
+        up = (bits >= top) & (index < units.size)
         between = (bits >= bottom) & (bits < top) & (index < units.size)
         low, high = exact.fixed_point(jnp.minimum(bits, window), window)
         low, high = jnp.where(between, low, 0), jnp.where(between, high, 0)
-        up = (bits >= top) & (index < units.size)
         return low & 0xFFFF, low >> 16, high, u32(up), u32(between)
 
     values = [terms(b, i) for b, i in zip(units.bits, units.index, strict=True)]
-    a, b, c, up, between = _sums(units, values, (16, 16, 24, 1, 1))
-    b = (b[0] << 16, b[0] >> 16 | b[1] << 16, b[1] >> 16)
-    share = exact.add(exact.add((*a, u32(0)), b), (u32(0), *c))
-    return u32(units.size) - up[0] - between[0], up[0], share
+    return _sums(units, values, 24)
 
 
-def _sums(units: Units, values, widths: tuple[int, ...]) -> list[Words]:
-    """Exact sums over all units of several values of so many bits each.
+def _shares(units: Units, sums: Words, budget, low, high):
+    """What a tally leaves of the budget, whether it is too much, and who share it."""
+    (a, b, c, up, between), (a1, b1, c1, _, _) = sums
+    share = exact.add((a, a1, u32(0)), (b << 16, b >> 16 | b1 << 16, b1 >> 16))
+    share = exact.add(share, (u32(0), c, c1))
+    down = u32(units.size) - up - between
+    rest = budget - up * high
+    over = up > budget // jnp.maximum(high, 1)
+    over = over | (down > rest // jnp.maximum(low, 1))
+    return rest - down * low, over, share
+
+
+def _sums(units: Units, values, width: int) -> Words:
+    """Exact sums over all units of several values of so many bits; as two vectors.
 
     A float32 sum stops counting at 2**24. Here a value is cut into limbs so narrow
     that the 32-bit sum of all of them cannot overflow.
     """
-    totals: list[Words] = [(u32(0), u32(0))] * len(widths)
+    totals: Words = u32(0), u32(0)
     for block in values:
-        bits = widths
         if units.swept:
             zeros = (jnp.uint32(0),) * len(block)
-            block = lax.reduce(block, zeros, _add_each, (1,))
-            bits = tuple(w + _ROW.bit_length() - 1 for w in widths)
-        sums = map(_sum, block, bits)
-        totals = [exact.add(t, s) for t, s in zip(totals, sums, strict=True)]
+            rows = jnp.stack(lax.reduce(block, zeros, _add_each, (1,)))
+            sums = _sum(rows, (1,), 32)
+        else:
+            each = [_sum(x, tuple(range(x.ndim)), width) for x in block]
+            low, high = zip(*each, strict=True)
+            sums = jnp.stack(low), jnp.stack(high)
+        totals = exact.add(totals, sums)
     return totals
 
 
@@ -302,21 +317,25 @@ def _add_each(x, y):
     return tuple(a + b for a, b in zip(x, y, strict=True))
 
 
-def _sum(x: jax.Array, width: int) -> Words:
-    limb = 32 - (max(x.size, 1) - 1).bit_length()
-    out = (u32(0), u32(0))
+def _sum(x: jax.Array, axes: tuple[int, ...], width: int) -> Words:
+    n = math.prod(x.shape[a] for a in axes)
+    limb = 32 - (max(n, 1) - 1).bit_length()
+    if limb >= width:
+        total = jnp.sum(x, axes, dtype=jnp.uint32)
+        return total, jnp.zeros_like(total)
+    out: Words = u32(0), u32(0)
     for at in range(0, width, limb):
-        part = (x >> at) & u32((1 << min(limb, width - at)) - 1)
-        total = jnp.sum(part, dtype=jnp.uint32)
+        part = (x >> at) & u32((1 << limb) - 1)
+        total = jnp.sum(part, axes, dtype=jnp.uint32)
         high = total >> (32 - at) if at else jnp.zeros_like(total)
-        out = exact.add(out, (total << at, high)) if at else (total, high)
+        out = exact.add(out, (total << at, high))
     return out
 
 
-def _round(units, budget, low, high, bottom, top, window) -> list[jax.Array]:
+def _round(units, budget, low, high, found: _Found) -> list[jax.Array]:
     """Floors of the proportional shares, then one more for the largest remainders."""
-    count_low, count_high, share = _tally(units, bottom, top, window)
-    rest = budget - count_high * high - count_low * low
+    bottom, top, window, sums = found
+    rest, _, share = _shares(units, sums, budget, low, high)
     nothing = (share[0] | share[1] | share[2]) == 0
     share = (jnp.where(nothing, u32(1), share[0]), share[1], share[2])
 
@@ -325,19 +344,18 @@ def _round(units, budget, low, high, bottom, top, window) -> list[jax.Array]:
         quotient, remainder = _divide(exact.scale(rest, fixed), share)
         # Scores too small for the window are told apart by the scores themselves.
         cut = exact.exponent(window) > exact.exponent(bits) + 32
-        keys = (*reversed(remainder), jnp.where(cut, bits, 0), ~index)
+        keys = jnp.stack([*reversed(remainder), jnp.where(cut, bits, 0), ~index])
         between = (bits >= bottom) & (bits < top) & (index < units.size)
         bound = jnp.where(bits >= top, high, low)
         return jnp.where(between, quotient, bound), between, keys
 
     blocks = [floor(b, i) for b, i in zip(units.bits, units.index, strict=True)]
-    quotas, free, keys = zip(*blocks, strict=True)
-    halves = [
-        tuple(jnp.where(f, part, 0) for part in (q & 0xFFFF, q >> 16))
+    quotas, free, keys = map(list, zip(*blocks, strict=True))
+    given = [
+        jnp.sum(jnp.where(f, q, 0), dtype=jnp.uint32)  # modulo 2**32 like the rest
         for q, f in zip(quotas, free, strict=True)
     ]
-    (a, _), (b, _) = _sums(units, halves, (16, 16))
-    extra = _largest(units, keys, free, rest - a - (b << 16))
+    extra = _largest(keys, free, rest - sum(given))
     return [q + u32(e) for q, e in zip(quotas, extra, strict=True)]
 
 
@@ -353,46 +371,46 @@ def _divide(x: Words, y: Words) -> tuple[jax.Array, Words]:
     return q + u32(more), r
 
 
-def _largest(units, keys, free, count) -> list[jax.Array]:
+def _largest(keys, free, count) -> list[jax.Array]:
     """Marks the `count` of the `free` units with the largest keys.
 
-    Keys are tuples of words, compared in order; no two are equal. For each word in
+    Keys are stacks of words, compared in order; no two are equal. For each word in
     turn counting finds the value that separates those in from those still tied.
     """
 
-    # Or XLA recomputes the division in every pass of every search.
-    keys, free, count = lax.optimization_barrier((list(keys), list(free), count))
-    chosen, tied = [jnp.zeros_like(f) for f in free], free
-    for words in zip(*keys, strict=True):
-        threshold = _separate(units, words, tied, count)
+    def step(state):
+        turn, chosen, tied, count = state
+        words = [lax.dynamic_index_in_dim(k, turn, keepdims=False) for k in keys]
+        threshold = _separate(words, tied, count)
         above = [t & (w > threshold) for w, t in zip(words, tied, strict=True)]
         chosen = [c | a for c, a in zip(chosen, above, strict=True)]
         tied = [t & (w == threshold) for w, t in zip(words, tied, strict=True)]
-        count = count - _count(units, above)
-    return chosen
+        return turn + 1, chosen, tied, count - _count(above)
+
+    # Or XLA recomputes the division in every pass of every search.
+    keys, free, count = lax.optimization_barrier((keys, free, count))
+    state = u32(0), [jnp.zeros_like(f) for f in free], free, count
+    return lax.while_loop(lambda s: (s[0] < 5) & (s[3] > 0), step, state)[1]
 
 
-def _count(units: Units, marks: list[jax.Array]) -> jax.Array:
-    ((total, _),) = _sums(units, [(u32(m),) for m in marks], (1,))
-    return total
+def _count(marks: list[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(m, dtype=jnp.uint32) for m in marks), u32(0))
 
 
-def _separate(units, words, tied, count) -> jax.Array:
+def _separate(words, tied, count) -> jax.Array:
     """A value with at most `count` of the tied words above it, and all it can have."""
 
     def step(state):
         left, right, _ = state
         middle = left + (right - left) // 2
-        above = [t & (w > middle) for w, t in zip(words, tied, strict=True)]
-        total = _count(units, above)
+        total = _count([t & (w > middle) for w, t in zip(words, tied, strict=True)])
         far = jnp.where(total > count, middle + 1, middle)
         left = jnp.where(total < count, left, far)
         return left, jnp.where(total <= count, middle, right), total
 
-    largest = [
+    most = [
         jnp.max(jnp.where(t, w, 0), initial=0) for w, t in zip(words, tied, strict=True)
     ]
-    most = functools.reduce(jnp.maximum, largest)
-    state = jnp.where(count == 0, most, u32(0)), most, count + 1
+    state = u32(0), functools.reduce(jnp.maximum, most), count + 1
     # Found as soon as one value separates exactly the right number.
     return lax.while_loop(lambda s: (s[0] < s[1]) & (s[2] != count), step, state)[0]

@@ -20,29 +20,25 @@ def u32(x: jax.typing.ArrayLike) -> jax.Array:
     return jnp.uint32(x) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
 
 
-def widen(x: Words, n: int) -> Words:
-    """The same number in `n` words."""
-    return x + (jnp.zeros_like(x[0]),) * (n - len(x))
-
-
 def add(x: Words, y: Words) -> Words:
     """`x + y`, modulo 2**(32 * words); both have the same number of words."""
-    out, carry = [], u32(0)
-    for a, b in zip(x, y, strict=True):
+    out = [x[0] + y[0]]
+    carry = out[0] < x[0]
+    for a, b in zip(x[1:], y[1:], strict=True):
         partial = a + b
-        total = partial + carry
-        carry = u32((partial < a) | (total < partial))
-        out.append(total)
+        out.append(partial + u32(carry))
+        carry = (partial < a) | (out[-1] < partial)
     return tuple(out)
 
 
 def sub(x: Words, y: Words) -> Words:
     """`x - y`, modulo 2**(32 * words)."""
-    out, borrow = [], u32(0)
-    for a, b in zip(x, y, strict=True):
+    out = [x[0] - y[0]]
+    borrow = x[0] < y[0]
+    for a, b in zip(x[1:], y[1:], strict=True):
         partial = a - b
-        out.append(partial - borrow)
-        borrow = u32((a < b) | (partial < borrow))
+        out.append(partial - u32(borrow))
+        borrow = (a < b) | (partial < out[-1])
     return tuple(out)
 
 
@@ -56,25 +52,13 @@ def mul32(a: jax.Array, b: jax.Array) -> Words:
 
 def scale(a: jax.Array, x: Words) -> Words:
     """`a * x`, for one word and a number; one word longer than `x`."""
-    out, carry = [], u32(0)
-    for word in x:
+    low, carry = mul32(a, x[0])
+    out = [low]
+    for word in x[1:]:
         low, high = mul32(a, word)
-        total = low + carry
-        carry = high + u32(total < low)
-        out.append(total)
+        out.append(low + carry)
+        carry = high + u32(out[-1] < low)
     return (*out, carry)
-
-
-def shift_left(x: jax.Array, bits: jax.Array) -> Words:
-    """`x * 2**bits` for one word, in three words; bits in [0, 64)."""
-    by = bits % 32
-    low, high = x << by, jnp.where(by == 0, u32(0), x >> ((32 - by) % 32))
-    zero, near = u32(0), bits < 32
-    return (
-        jnp.where(near, low, zero),
-        jnp.where(near, high, low),
-        jnp.where(near, zero, high),
-    )
 
 
 def less(x: Words, y: Words) -> jax.Array:
@@ -119,21 +103,20 @@ def fixed_point(bits: jax.Array, window: jax.Array) -> Words:
 
 
 def scale_up(bits: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The smallest float that is at least ``x * a / b``, for a scalar and a <= b."""
+    """The smallest float that is at least ``x * a / b``, for a scalar and a <= b.
+
+    Both below 2**31. With a * 2**up <= b its mantissa is m * a * 2**up / b, rounded up.
+    """
     m, e = mantissa(bits), exponent(bits)
-    ratio = m.astype(jnp.float32) * (a.astype(jnp.float32) / b.astype(jnp.float32))
-    pattern = lax.bitcast_convert_type(ratio, jnp.uint32)
-    power = (pattern >> 23).astype(jnp.int32) + e.astype(jnp.int32) - 150
-    normal = u32(power << 23) + (pattern & 0x7FFFFF)
-    under = mantissa(pattern) >> u32(jnp.clip(1 - power, 0, 31))
-    guess = jnp.where(power >= 1, normal, under)
+    up = lax.clz(a) - lax.clz(b)
+    up = up - u32(a << up > b)
+    short = less(mul32(m, a << up), (b << 23, b >> 9))
+    up = jnp.minimum(up + u32(short), e - 1)  # or it is subnormal
+    a = a << up
+    guess = m.astype(jnp.float32) * (a.astype(jnp.float32) / b.astype(jnp.float32))
     # Off by a few units in the last place, depending on the backend: try them all.
-    near = guess - jnp.minimum(guess, 6) + lax.iota(jnp.uint32, 13)
-    gap = jnp.maximum(e, exponent(near)) - exponent(near)
-    a0, a1 = mul32(m, a)  # below 2**55, and shifted by as much as a / b is small
-    low, high = shift_left(a0, gap), shift_left(a1, gap)
-    target = add((*low, u32(0)), (u32(0), *high))
-    reached = widen(mul32(mantissa(near), b), 4)
-    below = less(reached, target) & (near < bits)
+    near = u32(guess)
+    near = near - jnp.minimum(near, 6) + lax.iota(jnp.uint32, 13)
+    below = less(mul32(near, b), mul32(m, a))
     found = near[0] + jnp.sum(below, dtype=jnp.uint32)
-    return jnp.where(a > 0, found, u32(0))
+    return jnp.where(a > 0, ((e - up - 1) << 23) + found, u32(0))

@@ -21,7 +21,14 @@ from ._allocation import allocate_leaves, allocate_vector, ALLOCATIONS, position
 from ._budget import check_budget, resolve, warn_infeasible
 from ._checks import check_bounds, check_count, check_finite, check_name, is_traced
 from ._schedule import multiplicity, ranking
-from ._scores import magnitude, MAGNITUDES, Score, ScoreInputs, SCORES
+from ._scores import (
+    element_magnitudes,
+    MAGNITUDES,
+    magnitudes,
+    Score,
+    ScoreInputs,
+    SCORES,
+)
 
 
 class DepthFactor(NamedTuple):
@@ -107,7 +114,7 @@ def check_settings(settings: Settings) -> Settings:
     check_count("recalc_every", settings.recalc_every, least=1, static=True)
     if isinstance(settings.units, str):
         check_name("units", settings.units, ("leaf", "element"))
-    elif callable(settings.units):
+    elif callable(settings.units) and jax.tree_util.all_leaves([settings.units]):
         raise TypeError(
             "units must be 'leaf', 'element' or a pytree of tuples of axes, got a "
             "function; call unit_axes(params, rule) to make one from a rule"
@@ -247,7 +254,16 @@ class Turn(NamedTuple):
     where: _units.Layout
     leaves: list[jax.Array]  # the incoming updates
     given: list[jax.Array]  # updates of each unit now; arrays as in the state
-    multiplicities: list[jax.Array]  # the same, one array per leaf to broadcast
+
+    @property
+    def whole(self) -> bool:
+        """Whether each leaf is one unit."""
+        return self.where.axes is not None and not any(self.where.axes)
+
+    def by_leaf(self, statistic: list[jax.Array]) -> list[jax.Array]:
+        """Arrays as in the state, as one array per leaf that broadcasts against it."""
+        by_element = self.where.axes is None
+        return statistic if by_element else _units.split(self.where, statistic[0])
 
 
 class _Plan(NamedTuple):
@@ -310,8 +326,7 @@ def advance(
         budget=plan.budget,
         nonfinite=plan.nonfinite,
     )
-    parts = given if settings.by_element else _units.split(where, given[0])
-    return Turn(where, leaves, given, parts), state
+    return Turn(where, leaves, given), state
 
 
 def _check_state(settings: Settings, where, state: PriorityPropState) -> None:
@@ -358,14 +373,14 @@ def _recalculate(settings, where, leaves, factors, state, plan: _Plan) -> _Plan:
 
 def _magnitudes(settings: Settings, where, leaves) -> list[jax.Array]:
     """One array per leaf for element units, else one vector over all units."""
-    kept = where.axes or [None] * len(leaves)
-    sizes = [
-        magnitude(g, k, settings.magnitude) for g, k in zip(leaves, kept, strict=True)
-    ]
+    if where.axes is None:
+        sizes = [element_magnitudes(g) for g in leaves]
+    else:
+        sizes = [magnitudes(leaves, where.axes, settings.magnitude)]
     if settings.axis_name is not None:
         n = lax.psum(1, settings.axis_name)
         sizes = [lax.psum(x / n, settings.axis_name) for x in sizes]
-    return sizes if settings.by_element else [_units.join(sizes)]
+    return sizes
 
 
 def _score(settings: Settings, where, sizes, factors, state):

@@ -5,15 +5,18 @@ are here under their own names, so that one harness compares them all.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._units import join
+
 
 MAGNITUDES = ("l2", "l1", "mean", "rms", "max")
+_MOST = float(jnp.finfo(jnp.float32).max)
 
 
 class ScoreInputs(NamedTuple):
@@ -105,28 +108,86 @@ SCORES = {
 }
 
 
-def magnitude(g: jax.Array, kept: tuple[int, ...] | None, name: str) -> jax.Array:
-    """The size of each unit's gradient, float32; NaN where it is not finite.
+def magnitudes(
+    leaves: Sequence[jax.Array], kept: Sequence[tuple[int, ...]], name: str
+) -> jax.Array:
+    """The size of each unit's gradient, one float32 vector; NaN where not finite.
 
-    Scaled by its maximum before it is squared, so that nothing overflows or
-    underflows that fits into float32. `kept` are the axes that units lie along,
-    None for all. Larger than float32 holds is its largest number.
+    Nothing overflows or underflows that fits into float32; what is larger becomes its
+    largest number. `kept` are the axes of each leaf that units lie along.
     """
-    most = float(jnp.finfo(jnp.float32).max)
+    if not leaves:
+        return jnp.zeros((0,), jnp.float32)
+    leaves = [lax.stop_gradient(g) for g in leaves]
+    away = [
+        tuple(a for a in range(g.ndim) if a not in k)
+        for g, k in zip(leaves, kept, strict=True)
+    ]
+    if name == "max":
+        # As bit patterns, which order like the numbers: an integer maximum is several
+        # times faster than one that has to carry NaN along, and finds NaN all the same.
+        bits = [lax.bitcast_convert_type(_modulus(g), jnp.uint32) for g in leaves]
+        peaks = [jnp.max(b, a, initial=0) for b, a in zip(bits, away, strict=True)]
+        sizes = lax.bitcast_convert_type(join(peaks), jnp.float32)
+        return jnp.where(jnp.isfinite(sizes), sizes, jnp.nan)
+    linear = name in ("l1", "mean")
+    # In units that fit most gradients; then once more in others, if there are any that
+    # were too small or too large. So 2**31 squares lose nothing, and do not overflow.
+    scales = (1.0, 1.0, 2.0**-32) if linear else (2.0**4, 2.0**89, 2.0**-80)
+    small = 0.0 if linear else 2.0**-41
+
+    def measure(state):
+        turn, sizes = state
+        scale = jnp.array(scales, jnp.float32)[turn]
+        total = join(
+            [_sum(g, a, scale, name) for g, a in zip(leaves, away, strict=True)]
+        )
+        found = jnp.minimum((total if linear else jnp.sqrt(total)) / scale, _MOST)
+        found = jnp.where(jnp.isfinite(total), found, jnp.nan)
+        again = jnp.where(turn == 1, sizes < small, jnp.isnan(sizes))
+        sizes = jnp.where(again, found, sizes)
+        then = 3 - ((turn < 2) & jnp.any(jnp.isnan(sizes))).astype(jnp.int32)
+        return jnp.where((turn == 0) & jnp.any(sizes < small), 1, then), sizes
+
+    units = zip(leaves, kept, strict=True)
+    size = sum(math.prod(g.shape[a] for a in k) for g, k in units)
+    unknown = jnp.full((size,), jnp.nan, jnp.float32)
+    for g in leaves:
+        if _varies(g):  # then so must what the loop starts with
+            unknown = unknown + jnp.sum(_modulus(g.reshape(-1)[:1]))
+    turn = jnp.sum(unknown == 0, dtype=jnp.int32)
+    return lax.while_loop(lambda s: s[0] < 3, measure, (turn, unknown))[1]
+
+
+def element_magnitudes(g: jax.Array) -> jax.Array:
+    """`magnitudes` where each element is a unit, shaped like the leaf."""
+    size = _modulus(g)
+    return jnp.where(jnp.isfinite(size), size, jnp.nan)
+
+
+def _varies(x: jax.Array) -> bool:
+    """Whether, inside of `jax.shard_map`, `x` differs along an axis of the mesh."""
+    kind = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)
+    return bool(getattr(kind, "varying", None) or getattr(kind, "vma", None))
+
+
+def _modulus(g: jax.Array) -> jax.Array:
     size = jnp.abs(lax.stop_gradient(g))
     if size.dtype == jnp.float64 or jnp.iscomplexobj(g):
         # What is finite itself may be beyond float32, or of infinite modulus.
-        size = jnp.where(jnp.isfinite(g), jnp.minimum(size, most), size)
-    size = size.astype(jnp.float32)
-    if kept is None:
-        return jnp.where(jnp.isfinite(size), size, jnp.nan)
-    axes = tuple(a for a in range(g.ndim) if a not in kept)
-    # As bit patterns, which order like the numbers: an integer maximum is several
-    # times faster than one that has to carry NaN along, and finds NaN all the same.
-    bits = lax.bitcast_convert_type(size, jnp.uint32)
-    peak = jnp.max(bits, axis=axes, initial=0)
-    total = jnp.minimum(_reduce(size, peak, axes, name), most)
-    return jnp.where(peak < 0x7F800000, total, jnp.nan)
+        size = jnp.where(jnp.isfinite(g), jnp.minimum(size, _MOST), size)
+    return size.astype(jnp.float32)
+
+
+def _sum(g: jax.Array, axes: tuple[int, ...], scale: jax.Array, name: str) -> jax.Array:
+    """What the magnitude `name` is made from, for each unit of a leaf."""
+    plain = jnp.issubdtype(g.dtype, jnp.floating) and g.dtype != jnp.float64
+    size = (g.astype(jnp.float32) if plain else _modulus(g)) * scale
+    size = jnp.abs(size) if name in ("l1", "mean") else jnp.square(size)
+    total = jnp.sum(size, axis=axes)
+    n = max(math.prod(g.shape[a] for a in axes), 1)
+    return total / n if name in ("mean", "rms") else total
 
 
 def _relative(size: jax.Array, peak: jax.Array) -> jax.Array:
@@ -134,19 +195,3 @@ def _relative(size: jax.Array, peak: jax.Array) -> jax.Array:
     # XLA may multiply by 1 / peak, which is flushed to zero from 2**126 on.
     down = jnp.where(peak > 1.0, 0.125, 1.0).astype(jnp.float32)
     return size * down / jnp.maximum(peak * down, jnp.finfo(jnp.float32).tiny)
-
-
-def _reduce(size: jax.Array, peak: jax.Array, axes, name: str) -> jax.Array:
-    """The magnitude, computed in units of a power of two near the peak's bits."""
-    if name == "max":
-        return lax.bitcast_convert_type(peak, jnp.float32)
-    unit = jnp.clip(peak & 0x7F800000, 1 << 23, 253 << 23)
-    down = lax.bitcast_convert_type((254 << 23) - unit, jnp.float32)
-    scaled = size * jnp.expand_dims(down, axes)
-    n = max(math.prod(size.shape[a] for a in axes), 1)
-    if name in ("l1", "mean"):
-        total = jnp.sum(scaled, axis=axes) / (n if name == "mean" else 1)
-    else:
-        total = jnp.sum(jnp.square(scaled), axis=axes)
-        total = jnp.sqrt(total / (n if name == "rms" else 1))
-    return total * lax.bitcast_convert_type(unit, jnp.float32)

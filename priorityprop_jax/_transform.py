@@ -135,7 +135,7 @@ def priority_prop(
     @jax.jit  # inlined where the caller compiles; otherwise compiled once, not per call
     def scale(updates, state):
         turn, state = advance(settings, updates, state)
-        scaled = map(_times, turn.leaves, turn.multiplicities)
+        scaled = map(_times, turn.leaves, turn.by_leaf(turn.given))
         return jax.tree.unflatten(jax.tree.structure(updates), scaled), state
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -1,5 +1,6 @@
 """Tables for the conformance suite: trees, transformations, and how to run them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from priorityprop_jax import prioritize, priority_prop, PriorityPropState, unit_axes
 
@@ -96,10 +98,29 @@ FEW = (
 )
 
 
+# What is left of `CORE` without those whose neighbors compile much the same.
+MOST = tuple(
+    name
+    for name in CORE
+    if name
+    not in (
+        "adam>priority_prop-leaf",
+        "prioritize-adam-element-keep",
+        "prioritize-adamw-leaf-reset",
+    )
+)
+
+
+def slow_unless(condition, *values, **kwargs):
+    """A parameter, marked as slow where the condition does not hold."""
+    marks = () if condition else (pytest.mark.slow,)
+    return pytest.param(*values, marks=marks, **kwargs)
+
+
 def subjects(fast=FEW, slow=CORE):
     """Parametrizes a test: over `fast`, and when slow over the rest of `slow`."""
-    rest = [pytest.param(n, marks=pytest.mark.slow) for n in slow if n not in fast]
-    return pytest.mark.parametrize("name", [*fast, *rest])
+    names = [*fast, *(name for name in slow if name not in fast)]
+    return pytest.mark.parametrize("name", [slow_unless(n in fast, n) for n in names])
 
 
 def model(dtype=jnp.float32):
@@ -132,6 +153,18 @@ def gradients(like: Any, steps: int) -> list[Any]:
     return [random_like(like, seed) for seed in range(steps)]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """Params that can be called, as in equinox."""
+
+    w: Any
+    inner: Any
+
+    def __call__(self, x):
+        return self.w * x
+
+
 TREES = {
     "array": lambda: jnp.ones((3,)),
     "scalar": lambda: jnp.float32(2.0),
@@ -141,6 +174,10 @@ TREES = {
     "int keys": lambda: {10: jnp.ones((2,)), 9: {1: jnp.ones((2, 2))}},
     "None leaves": lambda: {"a": None, "b": jnp.ones((2, 3)), "c": [None, jnp.ones(3)]},
     "masked": lambda: {"a": optax.MaskedNode(), "b": jnp.ones((2, 3))},
+    "callable": lambda: Module(
+        jnp.ones((2,)), {"module": Module(jnp.ones((2, 2)), ())}
+    ),
+    "nnx": lambda: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param),
     "nothing but masked": lambda: {"a": optax.MaskedNode(), "b": None},
 }
 EMPTY = {"dict": {}, "tuple": (), "None": None, "nested": {"a": [], "b": ()}}

@@ -22,9 +22,14 @@ LARGEST = 2**31 - 1
 property_test = hypothesis.settings(
     deadline=None,
     max_examples=60,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # that is compilation
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,  # that is compilation
+        hypothesis.HealthCheck.function_scoped_fixture,  # how to compile, for all
+    ],
 )
 each_method = pytest.mark.parametrize("method", METHODS)
+# Where the values have been checked as compiled by default.
+quick = pytest.mark.usefixtures("quick_compilation")
 
 
 class Problem(NamedTuple):
@@ -203,9 +208,10 @@ CUTS = {
 jitted_allocate_leaves = jax.jit(allocate_leaves)
 
 
+@quick
 @pytest.mark.parametrize("shapes", CUTS.values(), ids=CUTS)
 @hypothesis.given(data=st.data())
-@property_test
+@hypothesis.settings(property_test, max_examples=40)
 def test_leaves_get_what_one_vector_gets(shapes, data):
     sizes = [int(np.prod(shape)) for shape in shapes]
     problem = data.draw(problems([sum(sizes)]))
@@ -227,6 +233,7 @@ def test_leaves_without_units(shapes):
 # Under transformations, and in other dtypes
 
 
+@quick
 @each_method
 def test_traces_once_for_all_values(method):
     chex.clear_trace_counter()
@@ -244,6 +251,7 @@ def test_traces_once_for_all_values(method):
             assert found.tolist() == exact_quotas(scores, budget, low, high)
 
 
+@quick
 @each_method
 @hypothesis.given(batch=st.lists(problems([4]), min_size=8, max_size=8))
 @hypothesis.settings(property_test, max_examples=20)
@@ -254,6 +262,7 @@ def test_vmap_over_everything(method, batch):
     assert found.tolist() == [exact_quotas(*problem) for problem in batch]
 
 
+@quick
 def test_derivative_is_that_of_a_constant():
     def loss(scores):
         return jnp.sum(allocate(scores, 50) * scores)
@@ -262,6 +271,7 @@ def test_derivative_is_that_of_a_constant():
     assert jax.grad(loss)(scores).tolist() == exact_quotas(scores, 50, 1, 20)
 
 
+@quick
 @each_method
 def test_with_and_without_64_bit_types(method, x64):
     scores = jnp.asarray(10.0 ** np.array([-300, -30, -10, 0]))
@@ -273,6 +283,7 @@ def test_with_and_without_64_bit_types(method, x64):
             assert found.tolist() == exact_quotas(scores, budget, 1, high)
 
 
+@quick
 def test_dtype_of_budget_and_bounds(x64):
     budget, low, high = np.array([100, 1, 60], "int64" if x64 else "uint8")
     scores = np.arange(4, dtype=np.float32)

@@ -56,7 +56,6 @@ def value(bits):
 
 add, sub, less = map(jax.jit, (exact.add, exact.sub, exact.less))
 scale = jax.jit(exact.scale)
-shift_left = jax.jit(exact.shift_left)
 fixed_point = jax.jit(exact.fixed_point)
 scale_up = jax.jit(jax.vmap(exact.scale_up))
 
@@ -97,21 +96,6 @@ def test_product_with_a_word(n, data):
 def test_product_of_two_words(x, y):
     expected = [a * b for a, b in zip(x.tolist(), y.tolist(), strict=True)]
     assert integers(exact.mul32(jnp.asarray(x), jnp.asarray(y))) == expected
-
-
-@hypothesis.given(x=batch(words), bits=batch(st.integers(0, 63)))
-@property_test
-def test_shift(x, bits):
-    pairs = zip(x.tolist(), bits.tolist(), strict=True)
-    assert integers(shift_left(x, bits)) == [a << b for a, b in pairs]
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_widen(n):
-    x = (jnp.array([0, 1, WORD - 1], jnp.uint32),)
-    wider = exact.widen(x, n)
-    assert len(wider) == n
-    assert integers(wider) == integers(x)
 
 
 @hypothesis.given(x=wide(3))

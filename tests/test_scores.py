@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 
 from priorityprop_jax import Score
-from priorityprop_jax._scores import magnitude, MAGNITUDES, ScoreInputs, SCORES
+from priorityprop_jax._scores import (
+    element_magnitudes,
+    MAGNITUDES,
+    magnitudes,
+    ScoreInputs,
+    SCORES,
+)
 from references_cycle import exact_magnitude, units_of
 
 
 NORMAL = np.random.default_rng(0).normal(size=(3, 4, 2))
 TINY = float(np.finfo(np.float32).tiny)
+
+
+def magnitude(leaf, kept, name):
+    """Of one leaf, as an array over the axes that are kept; None for elements."""
+    if kept is None:
+        return element_magnitudes(leaf)
+    return magnitudes([leaf], [kept], name).reshape([leaf.shape[a] for a in kept])
 
 
 def assert_like_reference(leaf, kept, rtol=1e-6):
@@ -108,6 +121,22 @@ def test_not_finite_is_nan_of_that_unit_alone(name, bad):
     )
     assert jnp.isnan(magnitude(leaf, (), name))
     assert jnp.isnan(magnitude(leaf, None, name)).sum() == 1
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_leaves_of_all_sizes_together(name):
+    """Units of one scale do not lend it to the others."""
+    scales = [1.0, 1e-30, 1e30, 1e-12, 1e37, 0.0, np.nan, 1e14, 1e-36]
+    leaves = [jnp.asarray(scale * NORMAL, jnp.float32) for scale in scales]
+    kept = [(), (0,), (1, 2), (), (2,), (0,), (1,), (), ()]
+    got = magnitudes(leaves, kept, name)
+    each = [
+        units_of(np.asarray(g, np.float64), k)
+        for g, k in zip(leaves, kept, strict=True)
+    ]
+    expected = [exact_magnitude(unit, name) for units in each for unit in units]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert magnitudes([], [], name).shape == (0,)
 
 
 @pytest.mark.parametrize("name", MAGNITUDES)
