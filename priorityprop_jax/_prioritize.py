@@ -1,22 +1,21 @@
 """`prioritize`: an optimizer in which units rest for real.
 
-The state of the inner optimizer keeps its own structure, with one change: numbers
-that all leaves share (Adam's `count`) become vectors with an entry per leaf, because
-leaves no longer step together. A leaf is updated by showing the inner optimizer a
-tree in which all other leaves are masked out.
+Each leaf has its own inner state (see `_leafwise`). A large leaf is updated inside a
+conditional, so that resting costs nothing; small leaves are selected.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from ._checks import check_name
+from ._leafwise import init_inner, Leafwise, leafwise, update_together
 from ._priority import (
     advance,
     check_settings,
@@ -27,17 +26,13 @@ from ._priority import (
     Turn,
 )
 from ._scores import Score
-from ._units import Layout, layout, split, unstack
+from ._units import Layout, layout, unstack_together
 
 
 RESTING = ("keep", "decay", "reset")
-_SHARED, _GLOBAL = -1, -2
-# Leaves up to this size are selected together instead of branched on one by one.
+# Leaves up to this size are selected instead of branched on: a conditional has a cost.
 _SMALL = 2**14
 _FOREVER = 2**31 - 2
-
-_SCHEDULES = (optax.ScaleByScheduleState,)
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 class PrioritizeState(NamedTuple):
@@ -169,32 +164,18 @@ def prioritize(
         priority = init_priority(settings, params)
         counts = priority.counts
         rested = () if resting == "keep" else jax.tree.map(jnp.zeros_like, counts)
-        return PrioritizeState(priority, _init_inner(inner, params), rested)
+        return PrioritizeState(priority, init_inner(inner, params), rested)
 
     def step(updates, state, params, extra_args):
         turn, priority = advance(settings, updates, state.priority)
-        owners = _owners(inner, updates)
-        values = jax.tree.leaves(state.inner)
-        job = _Job(
-            inner=inner,
-            extra_args=extra_args,
-            most=_most_in_a_row(settings),
-            resting=resting,
-            kind=jax.tree.structure(updates),
-            owners=owners,
-            state_kind=jax.tree.structure(state.inner),
-            values=values,
-            shared=[
-                _entries(x)
-                for x, owner in zip(values, owners, strict=True)
-                if owner == _SHARED
-            ],
-            grads=turn.leaves,
-            params=_params_leaves(turn.where, turn.leaves, params),
-            due=turn.multiplicities,
-            rested=None if resting == "keep" else _by_leaf(turn, state.rested),
-        )
-        out, inner_state = _run(job)
+        if not turn.leaves:
+            return updates, state._replace(priority=priority)
+        params = _check_params(turn.where, turn.leaves, params)
+        parts = leafwise(inner, updates, state.inner, params, extra_args)
+        rested = jax.tree.leaves(state.rested)
+        most = _most_in_a_row(settings)
+        out, inner_state = _run(parts, turn, params, resting, rested, most)
+        out = jax.tree.unflatten(jax.tree.structure(updates), out)
         rested = jax.tree.unflatten(
             jax.tree.structure(state.rested),
             map(_rest, jax.tree.leaves(state.rested), turn.given),
@@ -209,9 +190,9 @@ def prioritize(
         where = layout(updates, settings.units)
         if where.paths and settings.is_full(where.size):
             # Not compiled as a whole: called eagerly, `inner` would round differently.
-            _params_leaves(where, jax.tree.leaves(updates), params)
+            _check_params(where, jax.tree.leaves(updates), params)
             priority = count(updates, state.priority)
-            updates, inner_state = _run_together(
+            updates, inner_state = update_together(
                 inner, updates, state.inner, params, extra_args
             )
             rested = jax.tree.map(jnp.zeros_like, state.rested)
@@ -223,43 +204,17 @@ def prioritize(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Job(NamedTuple):
-    """One call of `update`, taken apart leaf by leaf."""
-
-    inner: optax.GradientTransformationExtraArgs
-    extra_args: dict[str, Any]
-    most: int | None  # updates of a unit in one step, if known
-    resting: str
-    kind: Any  # treedef of the updates
-    owners: tuple[int, ...]  # of each value: a leaf, or _SHARED, or _GLOBAL
-    state_kind: Any  # treedef of the inner state
-    values: list[jax.Array]  # leaves of the inner state
-    shared: list[list[jax.Array]]  # of each that is shared, the entries of the leaves
-    grads: list[jax.Array]
-    params: list[jax.Array] | None
-    due: list[jax.Array]  # multiplicities, broadcast against the leaf
-    rested: list[jax.Array] | None
-
-
-class _Progress(NamedTuple):
-    """How far one leaf has come within the step."""
-
-    total: jax.Array  # sum of the updates so far
-    own: list[jax.Array]  # inner state of this leaf alone
-    shared: list[jax.Array]  # its entry of what is shared: Adam's count
-
-
 def _most_in_a_row(settings: Settings) -> int | None:
+    """Updates of a unit in one step, if known."""
     high = settings.max_updates
     return -(-high // settings.recalc_every) if isinstance(high, int) else None
 
 
-def _params_leaves(
-    where: Layout, grads: list[jax.Array], params: Any
-) -> list[jax.Array] | None:
+def _check_params(where: Layout, grads: list[jax.Array], params: Any) -> Any:
     if params is None:
         return None
-    leaves = [jnp.asarray(p) for p in jax.tree.leaves(params)]
+    params = jax.tree.map(jnp.asarray, params)
+    leaves = jax.tree.leaves(params)
     shapes = [jnp.shape(g) for g in grads]
     if [p.shape for p in leaves] != shapes:
         different = [
@@ -271,293 +226,221 @@ def _params_leaves(
             f"params must match the updates: {len(leaves)} leaves for "
             f"{len(grads)}, first different shape at {(different or ['-'])[0]}"
         )
-    return leaves
-
-
-def _by_leaf(turn: Turn, rested: Any) -> list[jax.Array]:
-    arrays = jax.tree.leaves(rested)
-    return arrays if turn.where.axes is None else split(turn.where, arrays[0])
+    return params
 
 
 def _rest(rested: jax.Array, given: jax.Array) -> jax.Array:
     return jnp.where(given > 0, 0, jnp.minimum(rested, _FOREVER) + 1)
 
 
-def _mask(kind: Any, index: int | None, value: Any) -> Any:
-    """A tree in which only one leaf, or none, is not masked out."""
-    return kind.unflatten(
-        value if i == index else optax.MaskedNode() for i in range(kind.num_leaves)
-    )
+class _Job(NamedTuple):
+    """One step, taken apart leaf by leaf."""
+
+    parts: Leafwise
+    resting: str
+    most: int | None  # updates of a unit in one step, if known
+    whole: bool  # each leaf is one unit
+    grads: list[jax.Array]
+    params: list[Any]
+    due: list[jax.Array]  # updates of the units of each leaf, to broadcast
+    back: list[jax.Array]  # steps that its returning units have rested, else 0
+    busiest: list[jax.Array]  # the largest of `due`, a scalar
+    longest: list[jax.Array]  # the largest of `back`
+    factors: list[list[jax.Array]]  # what the first update takes from shared state
+    second: list[list[jax.Array]]  # the same for the second, where it is the last
+    left: list[list[jax.Array]]  # shared state as each leaf left it, to be caught up
+    after: list[list[jax.Array]]  # shared state after the first update, for the next
 
 
-def _owners(inner: optax.GradientTransformation, tree: Any) -> tuple[int, ...]:
-    """For each leaf of the inner state the leaf of the params that it belongs to.
+class _Progress(NamedTuple):
+    """How far one leaf has come within the step."""
 
-    Found by asking which state is there when half of the leaves are masked out, once
-    for each binary digit of a leaf's number. Shapes alone, nothing is computed.
-    """
-    kind = jax.tree.structure(tree)
-    shapes = [
-        jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
-        for x in jax.tree.leaves(tree)
-    ]
-
-    def present(keep: Callable[[int], int]) -> Any:
-        masked = [s if keep(i) else optax.MaskedNode() for i, s in enumerate(shapes)]
-        return jax.eval_shape(inner.init, kind.unflatten(masked))
-
-    def paths(state: Any) -> list[Any]:
-        return [p for p, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-
-    full = present(lambda i: 1)
-    always = set(paths(present(lambda i: 0)))
-    digits = [
-        set(paths(present(lambda i, b=b: i >> b & 1)))
-        for b in range((len(shapes) - 1).bit_length())
-    ]
-    owners = []
-    for path, of_step in zip(paths(full), _of_the_step(full), strict=True):
-        leaf = sum(1 << b for b, seen in enumerate(digits) if path in seen)
-        shared = _GLOBAL if of_step else _SHARED
-        owners.append(shared if path in always else leaf)
-    return tuple(owners)
+    total: jax.Array  # sum of the updates
+    own: list[jax.Array]  # inner state of this leaf alone
+    shared: list[jax.Array]  # its entries of what is shared
 
 
-def _of_the_step(state: Any) -> list[bool]:
-    """Which state counts steps of training: that of schedules, not of leaves."""
-
-    def mark(node):
-        if isinstance(node, _INJECTED):
-            marked = jax.tree.map(lambda _: True, node._replace(inner_state=()))
-            return marked._replace(inner_state=walk(node.inner_state))
-        return jax.tree.map(lambda _: isinstance(node, _SCHEDULES), node)
-
-    def walk(tree):
-        known = (*_SCHEDULES, *_INJECTED)
-        return jax.tree.map(mark, tree, is_leaf=lambda x: isinstance(x, known))
-
-    return jax.tree.leaves(walk(state))
-
-
-def _init_inner(inner: optax.GradientTransformation, params: optax.Params) -> Any:
-    state = inner.init(params)
-    n = len(jax.tree.leaves(params))
-    values = []
-    for x, owner in zip(jax.tree.leaves(state), _owners(inner, params), strict=True):
-        if owner == _SHARED:
-            x = jnp.broadcast_to(x, (n, *jnp.shape(x)))
-        values.append(x if owner == _GLOBAL else lax.convert_element_type(x, x.dtype))
-    return jax.tree.unflatten(jax.tree.structure(state), values)
-
-
-def _run_together(
-    inner: optax.GradientTransformationExtraArgs,
-    updates: Any,
-    state: Any,
+def _run(
+    parts: Leafwise,
+    turn: Turn,
     params: Any,
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any]:
-    """`inner` itself, bit for bit, where no leaf ever rests."""
-    owners, kind = _owners(inner, updates), jax.tree.structure(state)
-    values = jax.tree.leaves(state)
-    plain = [
-        x[0] if owner == _SHARED else x for x, owner in zip(values, owners, strict=True)
-    ]
-    updates, state = inner.update(updates, kind.unflatten(plain), params, **extra_args)
-    new = [
-        jnp.broadcast_to(x, old.shape) if owner == _SHARED else x
-        for x, old, owner in zip(jax.tree.leaves(state), values, owners, strict=True)
-    ]
-    return updates, kind.unflatten(new)
+    resting: str,
+    rested: list[jax.Array],
+    most: int | None,
+) -> tuple[list[jax.Array], Any]:
+    """All updates of this step, by leaf, and the inner state after them."""
+    n = len(turn.leaves)
+    params = [None] * n if params is None else jax.tree.leaves(params)
+    due = turn.given
+    back = [jnp.where(m > 0, t, 0) for m, t in zip(due, rested or due, strict=True)]
+    if turn.whole:
+        busiest, longest = due[0], back[0]
+    else:
+        due, back = turn.by_leaf(due), turn.by_leaf(back)
+        busiest, longest = (jnp.stack(list(map(_largest, x))) for x in (due, back))
+    job = _Job(
+        parts, resting, most, turn.whole, turn.leaves, params, due, back, *[[]] * 6
+    )
+    job, shared = _share(job, busiest, longest)
+    small = [i for i in range(n) if job.grads[i].size <= _SMALL]
+    first = [_first(job, i) for i in small]
+    done = dict(zip(small, _more(job, small, first), strict=True))
+    ready = jnp.int32(0)
+    for i in range(n):
+        if i not in done:
+            done[i], ready = _branch(job, i, ready)
+    own = [done[i].own for i in range(n)]
+    return [done[i].total for i in range(n)], parts.collect(own, shared)
 
 
-def _run(job: _Job) -> tuple[Any, Any]:
-    """All updates of this step, and the inner state after them."""
-    small = [i for i, g in enumerate(job.grads) if g.size <= _SMALL]
-    large = [[i] for i, g in enumerate(job.grads) if g.size > _SMALL]
-    done: dict[int, _Progress] = {}
-    for members in [small, *large] if small else large:
-        start = [_start(job, i) for i in members]
-        # The branch that passes through must be the false one: the other order copies.
-        done |= zip(
-            members,
-            lax.cond(
-                _busiest(job, members) > 0,
-                functools.partial(_burst, job, members),
-                lambda progress: progress,
-                start,
-            ),
-            strict=True,
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(x, initial=0)
+
+
+def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
+    """Moves what leaves share, as vectors, and tells each leaf what it needs of it."""
+    parts, state = job.parts, job.parts.shared
+    advance = jax.vmap(parts.advance) if state else lambda _: ([], [])
+
+    def move(count, j, state):
+        after = advance(state)[0]
+        return [_where(count > j, a, b) for a, b in zip(after, state, strict=True)]
+
+    if job.resting == "decay" and state:
+        catch_up = functools.partial(move, back)
+        state = lax.fori_loop(0, _largest(back), catch_up, state)
+    elif job.resting == "reset" and state:
+        fresh = parts.fresh(0, _param(job, 0))[1]
+        state = [_where(back > 0, a, b) for a, b in zip(fresh, state, strict=True)]
+    after, factors = advance(state)
+    last = _repeat(job.most, _largest(due), functools.partial(move, due), after)
+    new = [_where(due > 0, a, b) for a, b in zip(last, parts.shared, strict=True)]
+    few = job.most is not None and job.most < 2**24  # exact in float32, and shorter
+    columns = [
+        [(due > 0) if job.most == 1 else due.astype(jnp.float32) if few else due],
+        [back] if job.resting != "keep" else [],
+        factors,
+        advance(after)[1] if job.most == 2 else [],
+        parts.shared if job.resting == "decay" else [],
+        after if job.most not in (1, 2) else [],
+    ]
+    rows = unstack_together([x for xs in columns for x in xs])
+    ends = list(itertools.accumulate(map(len, columns), initial=0))
+    cut = [[row[a:b] for row in rows] for a, b in itertools.pairwise(ends)]
+    busiest, longest = ([x for part in column for x in part] for column in cut[:2])
+    names = ("factors", "second", "left", "after")
+    parts = dict(zip(names, cut[2:], strict=True))
+    job = job._replace(busiest=busiest, longest=longest, **parts)
+    return job._replace(due=busiest, back=longest) if job.whole else job, new
+
+
+def _where(on: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Selects whole entries of arrays over the leaves."""
+    return jnp.where(on.reshape(on.shape + (1,) * (jnp.ndim(old) - 1)), new, old)
+
+
+def _repeat(most: int | None, busiest: jax.Array, once: Callable, start: Any) -> Any:
+    """``once(j, ...)`` for the updates j = 1, 2, ... after the first."""
+    if most is None:
+        return lax.fori_loop(1, busiest, once, start)
+
+    def maybe(j, at):
+        return lax.cond(j < busiest, functools.partial(once, j), lambda at: at, at)
+
+    # A fixed number of rounds can be differentiated.
+    return maybe(1, start) if most == 2 else lax.fori_loop(1, most, maybe, start)
+
+
+def _branch(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Array]:
+    """The updates of a large leaf, and a zero that is known when they are done."""
+    # What passes through must be the false branch: the other order copies.
+    due, own = job.busiest[i].astype(jnp.int32), job.parts.own[i]
+    late_update = job.parts.late_update(i) if job.most == 1 else None
+    if late_update is None:
+        total = jnp.zeros_like(job.grads[i], dtype=job.parts.dtype(i))
+        # One leaf after the other: what the update is used for comes in between, and
+        # its memory serves for the next. All at once, they would all be in memory.
+        total, own, done = lax.cond(
+            due > ready,
+            lambda *_: (*_more(job, [i], [_first(job, i)])[0][:2], due),
+            lambda *passed: passed,
+            total,
+            own,
+            ready,
         )
-    out = job.kind.unflatten(done[i].total for i in range(len(done)))
-    return out, job.state_kind.unflatten(_collect(job, done))
+        return _Progress(total, own, []), jnp.minimum(done, 0)
+    own = lax.cond(due > 0, lambda _: _first(job, i).own, lambda own: own, own)
+    # Outside, to be fused into what follows: it never is an array in memory.
+    total = late_update(job.grads[i], own, job.factors[i], job.params[i])
+    total = jnp.where(job.due[i] > 0, total, jnp.zeros_like(total))
+    return _Progress(total, own, []), ready
 
 
-def _entries(x: jax.Array) -> list[jax.Array]:
-    numbers = x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.number)
-    return unstack(x) if numbers else [x[i] for i in range(x.shape[0])]
+def _first(job: _Job, i: int) -> _Progress:
+    """The first update of a leaf in this step."""
+    g, p = job.grads[i], job.params[i]
+    sure = job.whole and g.size > _SMALL
+    own = _welcome_back(job, i)
+    total, new = job.parts.update(i, g, own, job.factors[i], p)
+    start = _Progress(jnp.zeros_like(total), own, [])
+    at = _select(sure or job.due[i] > 0, _Progress(total, new, []), start)
+    return at._replace(shared=job.after[i] if job.after else [])
 
 
-def _start(job: _Job, i: int) -> _Progress:
-    own = [x for x, owner in zip(job.values, job.owners, strict=True) if owner == i]
-    shared = [entries[i] for entries in job.shared]
-    g = job.grads[i]
-    dtype = None
-    p = None if job.params is None else job.params[i]
-    if p is not None and p.dtype != g.dtype:  # the updates may have either type
-        fresh = _Progress(g, own, shared)
-        dtype = jax.eval_shape(lambda: _call(job, i, g, fresh, p)).total.dtype
-    return _Progress(jnp.zeros_like(g, dtype=dtype), own, shared)
-
-
-def _busiest(job: _Job, members: list[int]) -> jax.Array:
-    most = [jnp.max(job.due[i], initial=0) for i in members]
-    return functools.reduce(jnp.maximum, most)
-
-
-def _burst(job: _Job, members: list[int], progress: list[_Progress]):
-    """The updates in a row of some leaves, of which at least one is due."""
-    alone = len(members) == 1 and job.due[members[0]].ndim == 0
-    progress = _welcome_back(job, members, progress)
+def _more(job: _Job, members: list[int], start: list[_Progress]) -> list[_Progress]:
+    """The updates after the first, from the same gradients, the params moving along."""
+    if job.most == 1 or not members:
+        return start
+    sure = job.whole and len(members) == 1
 
     def once(j, progress):
         return [
-            _update(job, i, at, True if alone else job.due[i] > j)
+            _select(sure or job.due[i] > j, _next(job, i, at), at)
             for i, at in zip(members, progress, strict=True)
         ]
 
-    if job.most == 1:
-        return once(0, progress)
-    busiest = _busiest(job, members)
-    if job.most is None:
-        return lax.fori_loop(0, busiest, once, progress)
-
-    def maybe(j, progress):
-        return lax.cond(j < busiest, functools.partial(once, j), lambda x: x, progress)
-
-    # A fixed number of rounds can be differentiated, and XLA:CPU copies less.
-    return lax.fori_loop(0, job.most, maybe, progress)
+    busiest = functools.reduce(jnp.maximum, (job.busiest[i] for i in members))
+    return _repeat(job.most, busiest, once, start)
 
 
-def _update(job: _Job, i: int, at: _Progress, on: Any) -> _Progress:
-    """One update of one leaf, kept where `on`."""
-    p = None if job.params is None else job.params[i]
-    if p is not None and job.most != 1:
-        p = optax.apply_updates(p, at.total)
-    new = _call(job, i, job.grads[i], at, p)
-    new = new._replace(total=(at.total + new.total).astype(at.total.dtype))
-    return _select(on, new, at)
-
-
-def _call(job: _Job, i: int, g: Any, at: _Progress, p: Any) -> _Progress:
-    """What the inner optimizer does to leaf `i` alone."""
-    own, shared = iter(at.own), iter(at.shared)
-    held, values = [], []
-    for owner, value in zip(job.owners, job.values, strict=True):
-        if owner not in (i, _SHARED, _GLOBAL):
-            values.append(optax.MaskedNode())
-            continue
-        held.append(owner)
-        values.append(
-            value if owner == _GLOBAL else next(shared if owner == _SHARED else own)
-        )
-    updates, state = job.inner.update(
-        _mask(job.kind, i, g),
-        job.state_kind.unflatten(values),
-        None if job.params is None else _mask(job.kind, i, p),
-        **job.extra_args,
-    )
-    new = list(zip(jax.tree.leaves(state), held, strict=True))
-    return _Progress(
-        jax.tree.leaves(updates)[0],
-        _cast([x for x, owner in new if owner == i], at.own),
-        _cast([x for x, owner in new if owner == _SHARED], at.shared),
-    )
-
-
-def _cast(new: list[Any], old: list[Any]) -> list[jax.Array]:
-    return [lax.convert_element_type(x, y.dtype) for x, y in zip(new, old, strict=True)]
+def _next(job: _Job, i: int, at: _Progress) -> _Progress:
+    shared, factors = at.shared, job.second[i] if job.second else []
+    if job.most != 2:
+        shared, factors = job.parts.advance(shared)
+    p = job.params[i]
+    p = None if p is None else optax.apply_updates(p, at.total)
+    update, own = job.parts.update(i, job.grads[i], at.own, factors, p)
+    return _Progress((at.total + update).astype(at.total.dtype), own, shared)
 
 
 def _select(on: Any, new: _Progress, old: _Progress) -> _Progress:
+    """New where units are due; state of another shape where any unit is."""
     if on is True:
         return new
-    shape = old.total.shape
-    some = jnp.any(on)
+    shape, some = new.total.shape, jnp.any(on)
     return jax.tree.map(
         lambda a, b: jnp.where(on if b.shape == shape else some, a, b), new, old
     )
 
 
-def _welcome_back(job: _Job, members: list[int], progress: list[_Progress]):
-    """Treats the inner state of units that rested as `resting` says."""
-    if job.rested is None:
-        return progress
-    back = {i: jnp.where(job.due[i] > 0, job.rested[i], 0) for i in members}
+def _welcome_back(job: _Job, i: int) -> list[jax.Array]:
+    """The state of a leaf, treated as `resting` says where units rested."""
+    g, own = job.grads[i], job.parts.own[i]
+    if job.resting == "keep":
+        return own
     if job.resting == "reset":
-        return [
-            _select(back[i] > 0, _fresh(job, i, at), at)
-            for i, at in zip(members, progress, strict=True)
-        ]
+        fresh = _Progress(g, job.parts.fresh(i, _param(job, i))[0], [])
+        return _select(job.back[i] > 0, fresh, _Progress(g, own, [])).own
 
-    def decay(t, progress):
-        return [
-            _select(back[i] > t, _idle(job, i, at), at)
-            for i, at in zip(members, progress, strict=True)
-        ]
+    def decay(t, at):
+        shared, factors = job.parts.advance(at.shared)
+        _, new = job.parts.update(i, jnp.zeros_like(g), at.own, factors, job.params[i])
+        return _select(job.whole or job.back[i] > t, _Progress(g, new, shared), at)
 
-    longest = [jnp.max(rested, initial=0) for rested in back.values()]
-    return lax.fori_loop(0, functools.reduce(jnp.maximum, longest), decay, progress)
+    at = _Progress(g, own, job.left[i])
+    return lax.fori_loop(0, job.longest[i], decay, at).own
 
 
-def _idle(job: _Job, i: int, at: _Progress) -> _Progress:
-    """An update with a zero gradient, of which only the state is kept."""
-    p = None if job.params is None else job.params[i]
-    return _call(job, i, jnp.zeros_like(job.grads[i]), at, p)._replace(total=at.total)
-
-
-def _fresh(job: _Job, i: int, at: _Progress) -> _Progress:
-    p = jnp.zeros_like(job.grads[i]) if job.params is None else job.params[i]
-    state = jax.tree.leaves(job.inner.init(_mask(job.kind, i, p)))
-    held = [owner for owner in job.owners if owner in (i, _SHARED, _GLOBAL)]
-    new = list(zip(state, held, strict=True))
-    return _Progress(
-        at.total,
-        _cast([x for x, owner in new if owner == i], at.own),
-        _cast([x for x, owner in new if owner == _SHARED], at.shared),
-    )
-
-
-def _collect(job: _Job, done: dict[int, _Progress]) -> list[jax.Array]:
-    """The leaves of the inner state after the step, in their old places."""
-    if not done:
-        return job.values
-    own = {i: iter(at.own) for i, at in done.items()}
-    shared = zip(*(done[i].shared for i in range(len(done))), strict=True)
-    of_step = iter(_advance_schedules(job))
-    out = []
-    for owner in job.owners:
-        if owner == _GLOBAL:
-            out.append(next(of_step))
-        else:
-            out.append(
-                jnp.stack(next(shared)) if owner == _SHARED else next(own[owner])
-            )
-    return out
-
-
-def _advance_schedules(job: _Job) -> list[jax.Array]:
-    """What belongs to the step and not to a leaf: one empty update moves it."""
-    if _GLOBAL not in job.owners:
-        return []
-    held = [o for o in job.owners if o in (_SHARED, _GLOBAL)]
-    values = [
-        optax.MaskedNode() if o >= 0 else x[0] if o == _SHARED else x
-        for x, o in zip(job.values, job.owners, strict=True)
-    ]
-    empty = _mask(job.kind, None, None)
-    params = None if job.params is None else empty
-    state = job.state_kind.unflatten(values)
-    _, state = job.inner.update(empty, state, params, **job.extra_args)
-    new = zip(jax.tree.leaves(state), held, strict=True)
-    return [x for x, owner in new if owner == _GLOBAL]
+def _param(job: _Job, i: int) -> Any:
+    """What `inner.init` is shown for a leaf."""
+    return jnp.zeros_like(job.grads[i]) if job.params[i] is None else job.params[i]

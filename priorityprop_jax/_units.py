@@ -20,7 +20,7 @@ from jax import lax
 
 
 Axes = tuple[int, ...]
-_TOGETHER = 256  # numbers unstacked by one reduction
+_TOGETHER = 64  # numbers unstacked by one reduction
 
 
 class Layout(NamedTuple):
@@ -164,21 +164,58 @@ def split(where: Layout, units: jax.Array) -> list[jax.Array]:
 
 
 def unstack(x: jax.Array) -> list[jax.Array]:
-    """The entries of a vector of numbers, in a way that compiles fast.
+    """The entries of an array of numbers, in a way that compiles fast.
 
     XLA:CPU fuses ``x[0]``, ``x[1]`` ... into what uses them, and then compiles as many
     kernels as there are leaves that differ in an index alone. One reduction with many
     results gives numbers that all those kernels take as an argument.
     """
     out: list[jax.Array] = []
-    for start in range(0, x.size, _TOGETHER):
+    for start in range(0, len(x), _TOGETHER):
         part = x[start : start + _TOGETHER]
-        place = lax.iota(jnp.int32, part.size)
-        none = jnp.zeros_like(part)
-        hot = [jnp.where(place == i, part, none) for i in range(part.size)]
-        zeros = [jnp.zeros((), x.dtype)] * part.size
+        n, none = len(part), jnp.zeros_like(part)
+        place = lax.broadcasted_iota(jnp.int32, part.shape, 0)
+        hot = [jnp.where(place == i, part, none) for i in range(n)]
+        zeros = [jnp.zeros((), x.dtype)] * n
         out += lax.reduce(hot, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
     return out
+
+
+def unstack_together(vectors: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """The entries of several vectors: for each place those of all vectors."""
+    columns, widths = [], []
+    for x in vectors:
+        new = _as_float32(x)
+        columns += new
+        widths.append(len(new))
+    n = len(vectors[0])
+    rows = unstack(jnp.stack(columns, axis=1)) if columns else [jnp.zeros(0)] * n
+    out = []
+    for i, row in enumerate(rows):
+        at, entries = 0, []
+        for x, width in zip(vectors, widths, strict=True):
+            parts = [row[j] for j in range(at, at + width)]
+            entries.append(_from_float32(parts, x.dtype) if width else x[i])
+            at += width
+        out.append(entries)
+    return out
+
+
+def _as_float32(x: jax.Array) -> list[jax.Array]:
+    """Columns of float32 that hold `x` exactly; none where that cannot be."""
+    if x.ndim != 1 or x.dtype in (jnp.float64, jnp.int64, jnp.uint32, jnp.uint64):
+        return []
+    if x.dtype == jnp.int32:
+        return [(x >> 16).astype(jnp.float32), (x & 0xFFFF).astype(jnp.float32)]
+    known = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.bool
+    return [x.astype(jnp.float32)] if known else []
+
+
+def _from_float32(columns: list[jax.Array], dtype: Any) -> jax.Array:
+    if dtype == jnp.int32:
+        high, low = (c.astype(jnp.int32) for c in columns)
+        return high << 16 | low
+    return columns[0] != 0 if dtype == jnp.bool else columns[0].astype(dtype)
 
 
 def join(parts: Iterable[jax.Array]) -> jax.Array:
@@ -245,7 +282,8 @@ def _explicit_sharding(x: jax.Array) -> Any:
 
 def _flatten(tree: Any) -> tuple[tuple[tuple, ...], list[Any], list[tuple]]:
     """Normalized keys and leaves, and the keys of what is masked out."""
-    absent = lambda x: x is None or isinstance(x, optax.MaskedNode)
+    # MaskedNode is an empty tuple, too; others might be taken for axes to keep.
+    absent = lambda x: x is None or (isinstance(x, tuple) and not x)
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=absent)[0]
     named = [(_normalize(path), leaf) for path, leaf in flat]
     present = [(k, leaf) for k, leaf in named if not absent(leaf)]

@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 import pytest
 
+from helpers import slow_unless
 from priorityprop_jax import _prioritize, _priority, prioritize
 from references_cycle import allocate_exactly, Simulation
 
@@ -27,6 +28,8 @@ INNERS = {
     "adafactor": lambda rate: optax.adafactor(rate, weight_decay_rate=0.01),
     "muon": lambda rate: optax.contrib.muon(rate, weight_decay=0.3),
 }
+# Without state, and with all kinds of it: for what does not depend on the optimizer.
+GENERIC = ("sgd", "adamw")
 # Up to one update in a step, and up to four.
 ONE = dict(budget=8, min_updates=1, max_updates=4, recalc_every=4)
 MANY = dict(budget=14, min_updates=1, max_updates=7, recalc_every=2)
@@ -135,8 +138,15 @@ def check_against_alone(tx, inner, due, params=PARAMS, grads=GRADS, alone=None):
     return state
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [
+        slow_unless(not many or name in GENERIC, name, many, id=f"{name}-{times}")
+        for name in INNERS
+        for times, many in {"one": False, "many": True}.items()
+    ],
+)
 def test_k_updates_of_the_leaf_alone_or_none(name, many):
     inner = named(name)
     tx = prioritize(inner, **(MANY if many else ONE), depth_factor=0.0)
@@ -146,7 +156,9 @@ def test_k_updates_of_the_leaf_alone_or_none(name, many):
     )
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(
+    "name", [slow_unless(n in (*GENERIC, "adafactor"), n) for n in INNERS]
+)
 def test_the_full_budget_is_the_inner_optimizer_to_the_bit(name):
     inner = named(name)
     tx = prioritize(inner, 1.0, min_updates=2, max_updates=2, recalc_every=2)
@@ -327,26 +339,32 @@ def leaves_of(n, shape):
     return {f"layer_{i}": jnp.ones(shape, jnp.float32) for i in range(n)}
 
 
-@pytest.mark.parametrize("max_updates", [4, 9], ids=["one", "many"])
-def test_work_for_resting_leaves_is_skipped(max_updates):
+@pytest.mark.parametrize(
+    ("inner", "max_updates", "outside"),
+    [
+        (optax.adamw(1e-3), 9, set()),
+        (optax.lion(1e-3), 4, set()),
+        # From the state after it, so that it can be fused with its use.
+        (optax.adamw(1e-3), 4, {"add", "div", "mul", "select_n", "sqrt"}),
+    ],
+    ids=["adamw, many in a row", "lion", "adamw"],
+)
+def test_work_for_resting_leaves_is_skipped(inner, max_updates, outside):
     """Everything of the size of a leaf happens in a branch, but making zeros."""
     params = leaves_of(3, (136, 130))
-    tx = prioritize(optax.adamw(1e-3), 6, max_updates=max_updates, recalc_every=4)
+    tx = prioritize(inner, 6, max_updates=max_updates, recalc_every=4)
     state = tx.init(params)
     closed = jax.make_jaxpr(tx.update)(params, state, params)
-    outside = [
-        eqn.primitive.name
+    large = [
+        eqn
         for eqn, inside in equations(closed.jaxpr)
         if not inside and any(v.aval.shape == (136, 130) for v in eqn.outvars)
     ]
-    assert set(outside) <= {"broadcast_in_dim", "cond", "jit", "pjit"}, outside
-    # One for the allocation, and one for each leaf, which does nothing if false.
-    branches = [
-        eqn.params["branches"]
-        for eqn, inside in equations(closed.jaxpr)
-        if not inside and eqn.primitive.name == "cond"
-    ]
-    assert len(branches) == 1 + 3
+    names = {eqn.primitive.name for eqn in large}
+    assert names - {"broadcast_in_dim", "cond", "jit", "pjit"} == outside
+    # One for each leaf, which does nothing if false.
+    branches = [e.params["branches"] for e in large if e.primitive.name == "cond"]
+    assert len(branches) == 3
     assert all(not false.jaxpr.eqns for false, _ in branches)
     assert all(true.jaxpr.eqns for _, true in branches)
 
@@ -359,13 +377,21 @@ def test_the_compiled_program_still_branches():
     assert text.count(" conditional(") >= 1 + 3
 
 
-def test_small_leaves_share_one_branch():
+@pytest.mark.parametrize(("max_updates", "branches"), [(4, 0), (8, 1)])
+def test_small_leaves_are_selected_together(max_updates, branches):
+    """One branch for all allocation, and one for all second updates in a row."""
     params = leaves_of(20, (4, 5))
-    tx = prioritize(optax.adamw(1e-3), 40, max_updates=4, recalc_every=4)
+    tx = prioritize(optax.adamw(1e-3), 40, max_updates=max_updates, recalc_every=4)
     state = tx.init(params)
     closed = jax.make_jaxpr(tx.update)(params, state, params)
-    conds = [e for e, _ in equations(closed.jaxpr) if e.primitive.name == "cond"]
-    assert len(conds) == 2
+    conds = [
+        eqn
+        for eqn, inside in equations(closed.jaxpr)
+        if eqn.primitive.name == "cond"
+        and not inside
+        and any(v.aval.shape == (4, 5) for v in eqn.outvars)
+    ]
+    assert len(conds) == branches
 
 
 def test_without_params_and_with_extra_arguments():
