@@ -84,9 +84,9 @@ class PriorityReport:
 
     def to_markdown(self) -> str:
         """All leaves as a Markdown table, and the totals in a line below."""
-        head, *rows = [_HEAD, *map(_cells, self.leaves)]
-        rule = ["---", "---"] + ["---:"] * (len(head) - 2)
-        lines = ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
+        rows = [[_escape(x.path), *_cells(x)[1:]] for x in self.leaves]
+        rule = ["---", "---"] + ["---:"] * (len(_HEAD) - 2)
+        lines = ["| " + " | ".join(cells) + " |" for cells in [_HEAD, rule, *rows]]
         return "\n".join([*lines, "", self._totals()])
 
     def to_pandas(self) -> Any:
@@ -180,7 +180,9 @@ def priority_report(
     where = layout(params, "leaf")
     counts = [int(x.sum(dtype=np.int64)) for x in by_leaf(state, state.counts)]
     quotas = [int(x.sum(dtype=np.int64)) for x in by_leaf(state, state.quotas)]
-    scores = [float(x.sum() / max(x.size, 1)) for x in by_leaf(state, state.scores)]
+    # In float64: the sum of a leaf's scores may overflow where no score does.
+    sums = [(x.sum(dtype=np.float64), x.size) for x in by_leaf(state, state.scores)]
+    scores = [float(total / max(size, 1)) for total, size in sums]
     leaves = [
         LeafReport(
             path="/".join(map(str, key)) or "(root)",
@@ -226,6 +228,11 @@ def _shorten(path: str) -> str:
         return path
     keep = _WIDTH - 3
     return path[: keep // 3] + "..." + path[-(keep - keep // 3) :]
+
+
+def _escape(path: str) -> str:
+    """A path that stays within one cell of a Markdown table."""
+    return " ".join(path.replace("|", "\\|").splitlines())
 
 
 def _groups(leaves: Sequence[LeafReport]) -> list[list[str]]:

@@ -36,6 +36,7 @@ SETUPS = {"priority_prop": (before_adam, ROWS), "prioritize": (around_adam, "lea
 # By hand: the last layer is at the loss.
 DEPTHS = {name: {"kernel": d, "bias": d} for d, name in enumerate(reversed(NAMES))}
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("setup", SETUPS)
 
 

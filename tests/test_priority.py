@@ -119,6 +119,7 @@ def test_cycles_equal_the_simulation(name):
 FACTORS = [1.0, 0.5, 3.0, 0.0, 2.0, 1.5]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("settings", "factors"),
     [
@@ -215,6 +216,7 @@ def quotas_of(tx, cycles, grads=None):
     return out
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_cyclic_visits_all(oracle_quotas):
     tx = priority_prop(4, 0, 4, recalc_every=1, score="cyclic")
     assert quotas_of(tx, 12) == (4 * np.tile(np.eye(6, dtype=int), (2, 1))).tolist()
@@ -224,6 +226,7 @@ def test_cyclic_visits_all(oracle_quotas):
     np.testing.assert_array_equal(visited[:units], 4 * np.eye(units))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_random_is_reproducible_and_differs_by_seed_and_cycle(oracle_quotas):
     def drawn(seed, units="leaf", grads=None):
         tx = priority_prop(
@@ -258,6 +261,7 @@ def test_ucb(oracle_quotas):
         np.testing.assert_array_equal(state.quotas, sim.quotas)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_gradients_that_are_not_finite(bad, oracle_quotas):
     """Out for that step, then the minimum; the others as if its score were zero."""

@@ -1,19 +1,15 @@
 """Programs here run for a few steps of a few numbers: what takes time is to compile."""
 
-import jax
 import pytest
 
 import helpers
 from priorityprop_jax import _priority
 
 
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    """Leaves out most of XLA's optimizations: a quarter of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(autouse=True)
+def always_quick(quick_compilation):
+    """In all tests of this directory."""
+    del quick_compilation
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ import optax
 import pytest
 from optax._src import alias
 
+import helpers
 from priorityprop_jax import prioritize, priority_prop
 
 
@@ -107,8 +108,8 @@ RATES = {
 
 
 def slow_unless(condition, *values):
-    marks = () if condition else (pytest.mark.slow,)
-    return pytest.param(*values, marks=marks, id="-".join(map(_name, values)))
+    name = "-".join(map(_name, values))
+    return helpers.slow_unless(condition, *values, id=name)
 
 
 def _name(value):
@@ -327,6 +328,7 @@ def test_mixed_float32_and_float64(factory, upstream):
     )
 
 
+@pytest.mark.usefixtures("allocation")
 @pytest.mark.parametrize(
     ("factory", "test"),
     [

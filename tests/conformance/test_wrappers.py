@@ -160,8 +160,8 @@ def test_schedule_free(name, alone):
     check_types(wrapped, params, state)
 
 
-@pytest.mark.parametrize(
-    "name",
+@subjects(
+    ["priority_prop-leaf-argsort", "prioritize-adam-element-keep"],
     [n for n in helpers.CORE if "axis" not in n and ("leaf" in n or "-keep" in n)],
 )
 def test_flatten(name, allocation):
@@ -179,6 +179,30 @@ def test_flatten(name, allocation):
     assert all(jnp.any(u != 0) for u in jax.tree.leaves(out[0]))
 
 
+MASK = {"Dense_0": True, "Dense_1": {"kernel": True, "bias": False}}
+LABELS = {"Dense_0": "a", "Dense_1": {"kernel": "a", "bias": "b"}}
+INSIDE = {
+    "mask": lambda: optax.adamw(0.1, weight_decay=0.3, mask=MASK),
+    "labels": lambda: optax.partition(
+        {"a": optax.adam(0.1), "b": optax.sgd(1)}, LABELS
+    ),
+}
+
+
+@pytest.mark.parametrize("units", ["leaf", "element"])
+@pytest.mark.parametrize("inner", INSIDE)
+def test_wrappers_inside(inner, units, allocation):
+    """Masks and labels are for all params, however few `inner` is shown at once."""
+    del allocation
+    params, inner = helpers.model(), INSIDE[inner]()
+    grads = helpers.random_like(params, 1)
+    tx = prioritize(inner, **SHORT | {"max_updates": 4}, units=units)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    expected, _ = inner.update(grads, inner.init(params), params)
+    close(updates, expected, atol=1e-6)  # in a first step nothing rests
+    check_types(tx, params, state)
+
+
 # Hyperparameters that are arrays
 
 
@@ -187,16 +211,17 @@ STATIC = ("recalc_every",)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "dtype"),
     [
-        SHORT,
-        {**SHORT, "budget": 6},
-        {**SHORT, "units": "element", "depth_factor": 0.5, "seed": 3},
+        (SHORT, "float32"),
+        ({**SHORT, "budget": 6}, "float32"),
+        # Numbers are injected in the dtype of the params.
+        ({**SHORT, "units": "element", "depth_factor": 0.5, "seed": 3}, "bfloat16"),
     ],
 )
-def test_inject_hyperparams(settings, allocation):
+def test_inject_hyperparams(settings, dtype, allocation):
     del allocation
-    params = helpers.model()
+    params = helpers.model(dtype)
     grads = helpers.gradients(params, 5)
     injected = optax.inject_hyperparams(priority_prop, static_args=STATIC)(**settings)
     out, _, state = helpers.run(injected, params, grads)
@@ -205,6 +230,7 @@ def test_inject_hyperparams(settings, allocation):
     close(helpers.ours(state).quotas, jax.tree.map(jnp.int32, plain.quotas))
     assert {"budget", "min_updates", "max_updates"} <= set(state.hyperparams)
     assert state.hyperparams["budget"] == settings["budget"]
+    assert state.hyperparams["depth_factor"].dtype == dtype
     check_types(injected, params, state)
 
 
