@@ -179,6 +179,11 @@ def environment() -> dict[str, Any]:
             "host_cpus": os.cpu_count(),
             "machine": platform.machine(),
         },
+        "settings": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MALLOC_", "XLA_", "JAX_"))
+        },
         "commit": _git("rev-parse", "--verify", "HEAD") or None,
         "dirty": _git("status", "--porcelain", "--", ".", ":!benchmarks/results") != "",
     }
@@ -196,7 +201,9 @@ def _git(*arguments: str) -> str | None:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """An argument parser with the options that all benchmarks share."""
-    result = argparse.ArgumentParser(description=description)
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     result.add_argument("--rounds", type=int, help="samples of each case")
     result.add_argument("--out", help="where to write the JSON")
     return result

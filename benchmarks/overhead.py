@@ -1,7 +1,15 @@
 """What `priority_prop` costs a train step: `chain(priority_prop, adam)` over `adam`.
 
 A 10M-parameter MLP and a transformer of 200 leaves, whole train steps with donated
-params and state, averaged over cycles. Target: 1.03.
+params and state, averaged over cycles. Target: 1.03. Clipping by the global norm is
+there to compare with: it, too, needs all gradients before it can change one.
+
+Then all gradients are in memory at once. XLA:CPU asks for that memory at each step, and
+from 32 MB on glibc answers with fresh pages, which is most of what the MLP pays.
+To measure without that:
+
+    MALLOC_MMAP_THRESHOLD_=4294967295 MALLOC_TRIM_THRESHOLD_=4294967295 \\
+    MALLOC_TOP_PAD_=268435456 python benchmarks/overhead.py --out warm.json
 """
 
 from collections.abc import Callable
@@ -88,6 +96,7 @@ def train_step(tx: optax.GradientTransformation, loss: Callable, params, batch) 
 def main() -> None:
     args = parser(__doc__).parse_args()
     adam = optax.adam(1e-3)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), adam)
     ours = optax.chain(priority_prop(0.5), adam)
     models = {
         "MLP, 10M parameters": (mlp_loss, mlp(), (128, 1024)),
@@ -100,6 +109,9 @@ def main() -> None:
             {
                 "adam": train_step(adam, loss, params, batch),
                 "chain(priority_prop, adam)": train_step(ours, loss, params, batch),
+                "chain(clip_by_global_norm, adam)": train_step(
+                    clipped, loss, params, batch
+                ),
             },
             rounds=args.rounds or 15,
         )

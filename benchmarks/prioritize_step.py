@@ -5,7 +5,6 @@ parameters resting, and with none resting, averaged over a cycle with its recalc
 compile time for 200 leaves. Targets: 0.60, 1.05, 2.5.
 """
 
-import argparse
 import time
 
 import jax
@@ -67,9 +66,7 @@ def compile_seconds(tx: optax.GradientTransformation, params) -> float:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    args = options.parse_args()
+    args = parser(__doc__).parse_args()
     adam, params = optax.adam(1e-3), mlp()
     cases = {
         "adam": adam,
