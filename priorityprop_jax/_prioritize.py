@@ -304,17 +304,17 @@ def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
 
     def move(count, j, state):
         after = advance(state)[0]
-        return [_where(count > j, a, b) for a, b in zip(after, state, strict=True)]
+        return [_choose(count > j, a, b) for a, b in zip(after, state, strict=True)]
 
     if job.resting == "decay" and state:
         catch_up = functools.partial(move, back)
         state = lax.fori_loop(0, _largest(back), catch_up, state)
     elif job.resting == "reset" and state:
         fresh = parts.fresh(0, _param(job, 0))[1]
-        state = [_where(back > 0, a, b) for a, b in zip(fresh, state, strict=True)]
+        state = [_choose(back > 0, a, b) for a, b in zip(fresh, state, strict=True)]
     after, factors = advance(state)
     last = _repeat(job.most, _largest(due), functools.partial(move, due), after)
-    new = [_where(due > 0, a, b) for a, b in zip(last, parts.shared, strict=True)]
+    new = [_choose(due > 0, a, b) for a, b in zip(last, parts.shared, strict=True)]
     few = job.most is not None and job.most < 2**24  # exact in float32, and shorter
     columns = [
         [(due > 0) if job.most == 1 else due.astype(jnp.float32) if few else due],
@@ -334,7 +334,7 @@ def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
     return job._replace(due=busiest, back=longest) if job.whole else job, new
 
 
-def _where(on: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def _choose(on: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """Selects whole entries of arrays over the leaves."""
     return jnp.where(on.reshape(on.shape + (1,) * (jnp.ndim(old) - 1)), new, old)
 
@@ -354,10 +354,11 @@ def _repeat(most: int | None, busiest: jax.Array, once: Callable, start: Any) ->
 def _branch(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Array]:
     """The updates of a large leaf, and a zero that is known when they are done."""
     # What passes through must be the false branch: the other order copies.
-    due, own = job.busiest[i].astype(jnp.int32), job.parts.own[i]
+    own = job.parts.own[i]
     late_update = job.parts.late_update(i) if job.most == 1 else None
     if late_update is None:
         total = jnp.zeros_like(job.grads[i], dtype=job.parts.dtype(i))
+        due = job.busiest[i].astype(jnp.int32)
         # One leaf after the other: what the update is used for comes in between, and
         # its memory serves for the next. All at once, they would all be in memory.
         total, own, done = lax.cond(
@@ -369,11 +370,16 @@ def _branch(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Array]:
             ready,
         )
         return _Progress(total, own, []), jnp.minimum(done, 0)
-    own = lax.cond(due > 0, lambda _: _first(job, i).own, lambda own: own, own)
+    due = _is_due(job.busiest[i])
+    own = lax.cond(due, lambda _: _first(job, i).own, lambda own: own, own)
     # Outside, to be fused into what follows: it never is an array in memory.
     total = late_update(job.grads[i], own, job.factors[i], job.params[i])
-    total = jnp.where(job.due[i] > 0, total, jnp.zeros_like(total))
+    total = _where(_is_due(job.due[i]), total, jnp.zeros_like(total))
     return _Progress(total, own, []), ready
+
+
+def _is_due(number: jax.Array) -> jax.Array:
+    return number if number.dtype == jnp.bool else number > 0
 
 
 def _first(job: _Job, i: int) -> _Progress:
@@ -383,7 +389,8 @@ def _first(job: _Job, i: int) -> _Progress:
     own = _welcome_back(job, i)
     total, new = job.parts.update(i, g, own, job.factors[i], p)
     start = _Progress(jnp.zeros_like(total), own, [])
-    at = _select(sure or job.due[i] > 0, _Progress(total, new, []), start)
+    due = sure or _is_due(job.due[i])
+    at = _select(due, _Progress(total, new, []), start)
     return at._replace(shared=job.after[i] if job.after else [])
 
 
@@ -417,10 +424,15 @@ def _select(on: Any, new: _Progress, old: _Progress) -> _Progress:
     """New where units are due; state of another shape where any unit is."""
     if on is True:
         return new
-    shape, some = new.total.shape, jnp.any(on)
+    shape, some = new.total.shape, jnp.any(on) if on.ndim else on
     return jax.tree.map(
-        lambda a, b: jnp.where(on if b.shape == shape else some, a, b), new, old
+        lambda a, b: _where(on if b.shape == shape else some, a, b), new, old
     )
+
+
+def _where(on: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`jnp.where` of equal types, which for a scalar is a single operation."""
+    return jnp.where(on, new, old) if on.ndim else lax.select_n(on, old, new)
 
 
 def _welcome_back(job: _Job, i: int) -> list[jax.Array]:

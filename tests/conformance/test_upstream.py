@@ -55,6 +55,8 @@ from priorityprop_jax import prioritize, priority_prop
 with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one module builds a deprecated optimizer
     patch.setenv("XLA_FLAGS", "")  # and sets this, for all child processes
+    newer = "tests that optax has had since 0.2.6"
+    pytest.importorskip("optax._src.sharding_test", reason=newer)
     from optax._src import alias_test, float64_test, sharding_test, transform_test
     from optax.contrib import _common_test
     from optax.transforms import (
