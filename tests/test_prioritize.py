@@ -331,8 +331,10 @@ def equations(jaxpr, inside=False):
     for eqn in jaxpr.eqns:
         yield eqn, inside
         within = inside or eqn.primitive.name == "cond"
-        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from equations(sub, within)
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            sub = getattr(value, "jaxpr", value)
+            if hasattr(sub, "eqns"):
+                yield from equations(sub, within)
 
 
 def leaves_of(n, shape):

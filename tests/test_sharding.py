@@ -310,7 +310,7 @@ def test_sharded_params(units, allocation):
         assert max(n for operation, n in found if operation == "all-gather") > 1000
 
 
-# Explicit sharding: shardings are part of types, as `jax.make_mesh` has it by default.
+# Explicit sharding: shardings are part of types, the default from JAX 0.9 on.
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_explicit_sharding(units, allocation, compiled, context):
     grads = [random_tree(10 + t) for t in range(STEPS)]
     step = functools.partial(step_with, tx)
     step = jax.jit(step) if compiled == "jit" else step
-    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     assert set(mesh.axis_types) == {AxisType.Explicit}
     with jax.set_mesh(mesh) if context == "mesh" else contextlib.nullcontext():
         history = run_explicit(tx, step, mesh, grads)

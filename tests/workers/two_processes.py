@@ -79,7 +79,11 @@ def by_hand(mesh, batches, axis_name="i"):
     tx = priority_prop(**SETTINGS, axis_name=axis_name)
 
     def step(params, state, x):
-        params = jax.tree.map(lambda p: jax.lax.pcast(p, "i", to="varying"), params)
+        if hasattr(jax.lax, "pcast"):
+            vary = lambda p: jax.lax.pcast(p, "i", to="varying")
+        else:  # before JAX 0.9
+            vary = lambda p: jax.lax.pvary(p, "i")
+        params = jax.tree.map(vary, params)
         updates, state = tx.update(jax.grad(loss_fn)(params, x), state)
         apply = lambda p, u: jax.lax.pmean(p - 1e-2 * u, "i")
         return jax.tree.map(apply, params, updates), state
