@@ -93,16 +93,19 @@ def main() -> None:
         for i in range(100)
     }
     seconds = {
-        name: np.median([compile_seconds(tx, leaves) for _ in range(3)])
+        name: float(np.median([compile_seconds(tx, leaves) for _ in range(3)]))
         for name, tx in {
             "adam": adam,
             "prioritize": prioritize(adam, 0.5, max_updates=10),
+            "prioritize, max_updates=20": prioritize(adam, 0.5),
         }.items()
     }
-    ratio = float(seconds["prioritize"] / seconds["adam"])
-    print(f"compile time for 200 leaves: {ratio:.2f} times that of adam")
+    print("\ncompile time for 200 leaves")
     rows = as_rows(timings)
-    rows.append({"name": "compile, 200 leaves", "ratio": ratio, "seconds": seconds})
+    for name, value in seconds.items():
+        ratio = value / seconds["adam"]
+        print(f"{name:26}  {value:5.2f} s  {ratio:.2f}")
+        rows.append({"name": f"compile: {name}", "seconds": value, "ratio": ratio})
     write_json("prioritize_step", rows, args.out)
 
 
