@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 _HERE = Path(__file__).resolve().parent
@@ -35,6 +36,21 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...] = ()
     jitted: Callable[..., Any] | None = None
     jitted_arguments: tuple[Any, ...] = ()
+
+
+def cycle_of_steps(
+    step: Callable[..., Any], params: Any, state: Any, *arguments: Any
+) -> Case:
+    """Ten calls of ``step(params, state, ...)``, both donated and passed on."""
+    held = [(jax.tree.map(jnp.copy, params), state)]
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def cycle(*arguments):
+        for _ in range(10):
+            held[0] = compiled(*held[0], *arguments)
+        return held[0]
+
+    return Case(cycle, arguments, compiled, (*held[0], *arguments))
 
 
 class Quartiles(NamedTuple):

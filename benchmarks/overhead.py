@@ -17,7 +17,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from _timing import as_rows, Case, compare, parser, print_table, write_json
+from _timing import (
+    as_rows,
+    Case,
+    compare,
+    cycle_of_steps,
+    parser,
+    print_table,
+    write_json,
+)
 from prioritize_step import mlp
 
 from priorityprop_jax import priority_prop
@@ -74,23 +82,14 @@ def transformer_loss(params, x) -> jax.Array:
 
 
 def train_step(tx: optax.GradientTransformation, loss: Callable, params, batch) -> Case:
-    """Ten train steps, a cycle, with params and state donated and passed on."""
-    params = jax.tree.map(jnp.copy, params)
-    held = [(params, tx.init(params))]
+    """A cycle of train steps."""
 
     def step(params, state, batch):
         grads = jax.grad(loss)(params, batch)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-
-    def cycle(batch):
-        for _ in range(10):
-            held[0] = compiled(*held[0], batch)
-        return held[0]
-
-    return Case(cycle, (batch,), compiled, (*held[0], batch))
+    return cycle_of_steps(step, params, tx.init(params), batch)
 
 
 def main() -> None:

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _timing import as_rows, Case, compare, parser, print_table, write_json
+from _timing import (
+    as_rows,
+    Case,
+    compare,
+    cycle_of_steps,
+    parser,
+    print_table,
+    write_json,
+)
 
 from priorityprop_jax import prioritize, Score
 
@@ -29,23 +37,14 @@ def mlp(width: int = 1024, layers: int = 10) -> dict:
 
 
 def optimizer_step(tx: optax.GradientTransformation, params) -> Case:
-    """A cycle of ten updates, params and state donated and passed on."""
-    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.01), params)
-    params = jax.tree.map(jnp.copy, params)
-    held = [(params, tx.init(params))]
+    """A cycle of updates by the same gradients."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-
-    def cycle(grads):
-        for _ in range(10):
-            held[0] = compiled(*held[0], grads)
-        return held[0]
-
-    return Case(cycle, (grads,), compiled, (*held[0], grads))
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.01), params)
+    return cycle_of_steps(step, params, tx.init(params), grads)
 
 
 def every_other_layer() -> Score:

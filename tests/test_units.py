@@ -18,6 +18,7 @@ from priorityprop_jax._units import (
     module_depths,
     per_leaf,
     split,
+    unstack_together,
 )
 from references_cycle import units_of
 
@@ -262,3 +263,36 @@ def test_nnx_state_has_the_depths_of_its_plain_arrays():
     assert depths(state) == depths(plain) == sorted(depths(plain), reverse=True)
     assert max(depths(state)) == 10
     assert layout(state, "leaf").keys == layout(plain, "leaf").keys
+
+
+def test_entries_of_several_vectors():
+    """Whatever the dtype, to the bit; more of them than one reduction takes."""
+    n = 70
+    spread = np.linspace(-1e30, 1e30, n).astype(np.float32)
+    spread[:3] = [np.inf, -np.inf, np.nan]
+    vectors = [
+        jnp.asarray(spread),
+        jnp.asarray(spread).astype(jnp.bfloat16),
+        jnp.arange(n) % 3 == 0,
+        jnp.asarray(np.linspace(-(2**31), 2**31 - 1, n).astype(np.int32)),
+        jnp.arange(n, dtype=jnp.uint32) + jnp.uint32(2**32 - n),
+        jax.random.split(jax.random.key(0), n),
+        jnp.arange(2 * n).reshape(n, 2),
+    ]
+    rows = jax.jit(unstack_together)(vectors)
+    assert len(rows) == n
+    for i, row in enumerate(rows):
+        for entry, x in zip(row, vectors, strict=True):
+            assert entry.dtype == x.dtype and entry.shape == x.shape[1:]
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                entry, x = jax.random.key_data(entry), jax.random.key_data(x)
+            if x.dtype == jnp.bfloat16:  # NumPy does not know its NaN
+                entry, x = entry.astype(jnp.float32), x.astype(jnp.float32)
+            np.testing.assert_array_equal(entry, x[i])
+
+
+def test_entries_can_be_differentiated():
+    slope = jax.grad(
+        lambda x: sum((i + 1) * e for i, (e,) in enumerate(unstack_together([x])))
+    )
+    np.testing.assert_array_equal(slope(jnp.ones(4)), [1, 2, 3, 4])
