@@ -11,7 +11,7 @@ import optax.contrib
 import pytest
 
 from helpers import slow_unless
-from priorityprop_jax import _prioritize, _priority, prioritize
+from priorityprop_jax import _bursts, _priority, prioritize
 from references_cycle import allocate_exactly, Simulation
 
 
@@ -60,7 +60,7 @@ def lean(monkeypatch):
     """Allocation has tests of its own; compiling it for each of these takes long."""
     monkeypatch.setattr(_priority, "allocate_vector", allocate_exactly)
     # Wherever the border lies, "wide" is above it.
-    monkeypatch.setattr(_prioritize, "_SMALL", 10_000)
+    monkeypatch.setattr(_bursts, "_SMALL", 10_000)
 
 
 @functools.cache
@@ -222,7 +222,7 @@ def test_learning_rates_follow_the_step_and_not_the_leaf(how, many):
 @pytest.mark.parametrize("resting", ["keep", "decay", "reset"])
 def test_what_becomes_of_the_state_while_resting(resting, many, monkeypatch):
     # The kernel is branched on, the others are selected.
-    monkeypatch.setattr(_prioritize, "_SMALL", 10)
+    monkeypatch.setattr(_bursts, "_SMALL", 10)
     settings = dict(MANY if many else ONE, budget=9 if many else 6)
     sim = Simulation([()] * 3, [1.0] * 3, **settings)
     inner = named("adam")
