@@ -1,27 +1,34 @@
 r"""From scores and a budget to integer quotas: exactly, and the same everywhere.
 
 The quotas are :math:`q_u = \mathrm{clip}(\lambda s_u, min, max)` with the one
-:math:`\lambda` that spends the budget, rounded by largest remainder. That
-:math:`\lambda` is bracketed by two thresholds: units with a score of at least
-``top`` get the maximum, units below ``bottom`` the minimum, and the units in between
-share what is left in proportion. Both thresholds are found by bisection over the
-breakpoints ``max / s`` and ``min / s``: either the sorted scores (``"argsort"``), or
-all float32 numbers, which are ordered like their bit patterns (``"bisect"``). Only
-the candidates differ; every decision is made by the same exact integer sums.
+:math:`\lambda` that spends the budget, rounded by largest remainder.
+
+The rate :math:`\lambda` is found by fixing variables. The rate that spends what is left
+on the units in between takes some of them above their upper bound and some below the
+lower one. If those above get more than they may by more than those below lack, all
+those above are at their bound for good, else all those below; the rest goes on to the
+others. A few passes over the scores are enough. In rounding, one offset is added to
+all shares before their fractions are cut off: the largest that does not overspend,
+found bit by bit.
 
 Legend: ``bits`` is the bit pattern of a positive float32 score as uint32; the number
 it stands for is ``mantissa * 2**exponent``. Scores are summed as integers in units
 of 2**-32 of the mantissa's last place at a reference exponent, 56 bits wide.
+
+References:
+  Bitran and Hax, *Disaggregation and resource allocation using convex knapsack
+  problems with bounded variables*, Management Science 27, 1981.
 """
 
 import functools
 import itertools
-import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _exact as exact
@@ -30,10 +37,14 @@ from ._exact import u32, Words
 
 
 ALLOCATIONS = ("argsort", "bisect")
-_ROW = 256  # a row of 24-bit numbers sums without overflow in 32 bits
+_SHORT = 2**12  # up to this number units lie in one row
+_ROW = 256  # the length of a row where there are several
+_FEW = 2**16  # quotas below this number are found by a single division of floats
 _ONE = 0x3F800000  # bits of 1.0
 _HUGE = 0x7F000000  # bits of 2.0**127
-_BEYOND = 320 << 23  # bits above max * every score: the exponent simply runs on
+_BEYOND = 320 << 23  # bits above those of all scores
+_END = 2**32 - 1
+_TIES = 2  # words of an offset that decide between ties; those of a remainder follow
 
 
 class Units(NamedTuple):
@@ -42,7 +53,42 @@ class Units(NamedTuple):
     bits: tuple[jax.Array, ...]  # scores; any shapes, dtype=uint32
     index: tuple[jax.Array, ...]  # place in the unit order; padding from size on
     size: int
-    swept: bool  # shapes are (n, _ROW): several sums can share one sweep
+    in_rows: bool  # one array, shape=(rows, units): all its sums share a sweep
+    ordered: jax.Array | None  # the same scores, sorted
+
+
+class Rate(NamedTuple):
+    """Who is at which bound, and what the others share. Scalars, dtype=uint32."""
+
+    phase: jax.Array  # of the search, see there
+    bottom: jax.Array  # bits from which on units are above the minimum
+    top: jax.Array  # bits from which on units get the maximum
+    window: jax.Array  # bits of the largest score in between
+    rest: jax.Array  # the budget of the units in between
+    share0: jax.Array  # the sum of their scores, in three words
+    share1: jax.Array
+    share2: jax.Array
+    below: jax.Array  # number of units below `bottom`
+    above: jax.Array  # number of units from `top` on
+    lift: jax.Array  # whether zeros share what the positive scores cannot take
+
+    @property
+    def share(self) -> Words:
+        """The sum of the scores in between."""
+        return self.share0, self.share1, self.share2
+
+    def scores(self, bits: jax.Array) -> jax.Array:
+        """The scores to go by: where zeros share what is left, there are but two."""
+        lifted = jnp.where(bits > 0, u32(_HUGE), u32(_ONE))
+        return jnp.where(self.lift > 0, lifted, bits)
+
+    def free(self, bits: jax.Array) -> jax.Array:
+        """Which scores lie in between."""
+        return (bits >= self.bottom) & (bits < self.top)
+
+    def fixed_point(self, bits: jax.Array) -> Words:
+        """Scores as integers, in units that fit the largest in between."""
+        return exact.fixed_point(jnp.minimum(bits, self.window), self.window)
 
 
 def allocate(
@@ -76,8 +122,8 @@ def allocate(
         traced.
       min_updates: least quota of a unit, an integer scalar, may be traced.
       max_updates: largest quota of a unit, an integer scalar, may be traced.
-      method: ``"argsort"`` bisects over the sorted scores, ``"bisect"`` over float32
-        numbers, without a sort. Both give identical quotas.
+      method: ``"argsort"`` sorts the scores once and looks up at each step who is the
+        next to reach a bound, ``"bisect"`` only counts. Both give identical quotas.
 
     Returns:
       Quotas, shape ``(units,)``, dtype int32.
@@ -96,7 +142,9 @@ def allocate(
       [12 11  6  1]
 
     References:
-      Largest remainder: Balinski and Young, *Fair Representation*, 1982.
+      The rate: Bitran and Hax, *Disaggregation and resource allocation using convex
+      knapsack problems with bounded variables*, Management Science, 1981. Largest
+      remainder: Balinski and Young, *Fair Representation*, 1982.
     """
     check_name("method", method, ALLOCATIONS)
     check_count("budget", budget, least=0)
@@ -106,29 +154,32 @@ def allocate(
         raise TypeError(f"scores must be real, got dtype {scores.dtype}")
     if scores.ndim != 1:
         raise ValueError(f"scores must have shape (units,), got {scores.shape}")
-    return allocate_vector(scores, budget, min_updates, max_updates, method)
+    few = are_few(max_updates)
+    return allocate_vector(scores, budget, min_updates, max_updates, method, few)
 
 
-@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(jax.jit, static_argnames=("method", "few"))
 def allocate_vector(
     scores: jax.Array,
     budget: jax.typing.ArrayLike,
     min_updates: jax.typing.ArrayLike,
     max_updates: jax.typing.ArrayLike,
     method: str,
+    few: bool = False,
 ) -> jax.Array:
-    """`allocate` without the checks."""
+    """`allocate` without the checks; `few` as told by `are_few`."""
     n = scores.size
     if n == 0:
         return jnp.zeros((0,), jnp.int32)
     bits = score_bits(scores)
     # The values of an argsort are all that is needed, and a fifth of its work.
     ordered = jnp.sort(bits) if method == "argsort" else None
-    pad = -n % _ROW
-    index = lax.iota(jnp.uint32, n + pad).reshape(-1, _ROW)
-    rows = jnp.pad(bits, (0, pad)).reshape(-1, _ROW)
-    units = Units((rows,), (index,), n, swept=True)
-    (quotas,) = _solve(units, ordered, budget, min_updates, max_updates)
+    width = n if n <= _SHORT else _ROW
+    pad = -n % width
+    rows = (jnp.pad(bits, (0, pad)) if pad else bits).reshape(-1, width)
+    index = lax.iota(jnp.uint32, n + pad).reshape(-1, width)
+    units = Units((rows,), (index,), n, True, ordered)
+    (quotas,) = _solve(units, budget, min_updates, max_updates, few)
     return quotas.reshape(-1)[:n]
 
 
@@ -137,6 +188,7 @@ def allocate_leaves(
     budget: jax.typing.ArrayLike,
     min_updates: jax.typing.ArrayLike,
     max_updates: jax.typing.ArrayLike,
+    few: bool = False,
 ) -> list[jax.Array]:
     """`allocate` by ``"bisect"`` over many arrays, each left where and as it lies.
 
@@ -146,9 +198,15 @@ def allocate_leaves(
     offsets = [0, *itertools.accumulate(s.size for s in scores)]
     if offsets[-1] == 0:
         return [jnp.zeros(s.shape, jnp.int32) for s in scores]
-    index = map(positions, scores, offsets)
-    units = Units(tuple(map(score_bits, scores)), tuple(index), offsets[-1], False)
-    return _solve(units, None, budget, min_updates, max_updates)
+    bits = tuple(map(score_bits, scores))
+    index = tuple(map(positions, scores, offsets))
+    units = Units(bits, index, offsets[-1], False, None)
+    return _solve(units, budget, min_updates, max_updates, few)
+
+
+def are_few(max_updates: int | jax.typing.ArrayLike) -> bool:
+    """Whether all quotas are known to be so small that dividing is short."""
+    return isinstance(max_updates, int) and max_updates < _FEW
 
 
 def score_bits(scores: jax.Array) -> jax.Array:
@@ -172,12 +230,12 @@ def positions(x: jax.Array, offset: int) -> jax.Array:
 
 def _solve(
     units: Units,
-    ordered: jax.Array | None,
     budget: jax.typing.ArrayLike,
     min_updates: jax.typing.ArrayLike,
     max_updates: jax.typing.ArrayLike,
+    few: bool,
 ) -> list[jax.Array]:
-    """Quotas of all units; `ordered` are the sorted bits, or None to bisect."""
+    """Quotas of all units, in arrays like theirs."""
     budget, low, high = (
         u32(jnp.maximum(jnp.asarray(x), 0)) for x in (budget, min_updates, max_updates)
     )
@@ -186,231 +244,275 @@ def _solve(
     full = high <= fair
     high = jnp.minimum(high, budget)  # no unit can get more
     low = jnp.where(low > fair, u32(0), jnp.minimum(low, high))
-    units, ordered = _lift_zeros(units, ordered, budget, low, high)
-    found = _search(units, ordered, budget, low, high)
-    quotas = _round(units, budget, low, high, found)
-    return [jnp.where(full, high, q).astype(jnp.int32) for q in quotas]
+    rate = _search(units, budget, low, high)
+    quotas = []
+    for bits, share in zip(units.bits, _round(units, rate, few), strict=True):
+        bits = rate.scores(bits)
+        bound = jnp.where(bits >= rate.top, high, low)
+        quota = jnp.where(rate.free(bits), share, bound)
+        quotas.append(jnp.where(full, high, quota).astype(jnp.int32))
+    return quotas
 
 
-def _lift_zeros(units, ordered, budget, low, high):
-    """Where the positive scores cannot take the budget, zeros share the rest."""
-    count = _count([b > 0 for b in units.bits])
-    spare, step = budget - u32(units.size) * low, jnp.maximum(high - low, 1)
-    rest = (count <= spare // step) & (count * step != spare)
+class _Sorted(NamedTuple):
+    """The units of one array, sorted by what a rate would give them."""
 
-    def lift(b):
-        return jnp.where(rest, jnp.where(b > 0, u32(_HUGE), u32(_ONE)), b)
-
-    units = units._replace(bits=tuple(map(lift, units.bits)))
-    return units, None if ordered is None else lift(ordered)
+    bits: jax.Array
+    fixed: Words
+    free: jax.Array  # at no bound so far
+    up: jax.Array  # beyond the upper bound
+    down: jax.Array  # beyond the lower bound
 
 
-class _Found(NamedTuple):
-    """What a tally found, and between which thresholds."""
+def _search(units: Units, budget: jax.Array, low: jax.Array, high: jax.Array) -> Rate:
+    """The rate that spends the budget: ``rest / share``, for the units in between.
 
-    bottom: jax.Array  # the least score above the minimum
-    top: jax.Array  # the least score that gets the maximum
-    window: jax.Array  # that no score between the two exceeds
-    sums: Words  # see `_tally`
-
-
-def _search(units, ordered, budget, low, high) -> _Found:
-    """Both thresholds, in one loop, because it is the tally that takes long to compile.
-
-    Turn 0 is for `top`, turn 1 for `bottom`; in turn 2 both are tallied.
+    In phase 0 positive scores are counted and summed, in phase 1 the scores in
+    between are summed, and in phase 2 units that the rate takes beyond a bound are
+    fixed there; the search ends when there are none.
     """
+    size, zero, highest = u32(units.size), u32(0), _highest(units)
 
-    def candidate(i):  # the breakpoints, in order
-        if ordered is None:
-            return jnp.maximum(i, 1)
-        last = ordered.size - 1
-        bits = jnp.where(i <= last, ordered[jnp.minimum(i, last)], u32(_BEYOND))
-        return jnp.maximum(bits, 1)
+    def step(vector):
+        at = Rate(*vector)
+        most, least = exact.scale(high, at.share), exact.scale(low, at.share)
 
-    def step(state):
-        turn, bracket, _ = state
-        left, right, bottom, top, window, least = bracket
-        switch = (turn == 0) & (left >= right)
-        if ordered is None:
-            start, stop = least, bottom
-        else:
-            start, stop = u32(0), jnp.where(low > 0, left, 0)
-            bottom = jnp.where(switch, jnp.where(low > 0, top, 0), bottom)
-        turn = turn + u32(left >= right) + u32(switch & (start >= stop))
-        left, right = jnp.where(switch, start, left), jnp.where(switch, stop, right)
+        def sort_out(bits):
+            bits = at.scores(bits)
+            free, fixed = at.free(bits), at.fixed_point(bits)
+            due = (*exact.scale(at.rest, fixed), zero)
+            up = free & ((at.phase < 2) | exact.less(most, due))
+            down = free & (at.phase == 2) & exact.less(due, least)
+            return _Sorted(bits, fixed, free, up, down)
 
-        middle = left + (right - left) // 2
-        probe, first = candidate(middle), turn == 0
-        reach = exact.scale_up(probe, low, high)
-        below = jnp.where(first, reach, jnp.where(turn == 1, probe, bottom))
-        above, edge = jnp.where(first, probe, top), jnp.where(first, probe, window)
-        sums = _tally(units, below, above, edge)
-        rest, over, share = _shares(units, sums, budget, low, high)
-        # Whether the rate high / probe, or low / probe, spends no more than the rest.
-        has = (*exact.scale(rest, exact.fixed_point(probe, edge)), u32(0))
-        spent = exact.scale(jnp.where(first, high, low), share)
-        fits = ~over & ~exact.less(has, spent) & (probe >= least)
-        # One array, or XLA compiles all of this again for each of its entries.
-        yes = jnp.stack([left, middle, below, above, window, least])
-        least = jnp.where(first, reach, least)
-        no = jnp.stack([middle + 1, right, bottom, top, edge, least])
-        return turn, jnp.where(fits, yes, no), sums
+        share, up, down, nearest = _tally(units, list(map(sort_out, units.bits)))
+        top, window, bottom = nearest or _look_up(units, at, up, down)
+        # Zeros share what is left where the positive scores cannot take it all.
+        spare, each = budget - size * low, jnp.maximum(high - low, 1)
+        lift = (up <= spare // each) & (up * each != spare)
+        zeros = jnp.where(lift, zero, size - up)
+        counted = at._replace(
+            phase=jnp.where(lift, u32(1), u32(2)),
+            rest=budget - zeros * low,
+            below=zeros,
+            lift=u32(lift),
+        )
+        counted = counted._replace(window=counted.scores(highest))
+        summed = _choose(at.phase == 0, counted, at._replace(phase=u32(2)))
+        summed = summed._replace(share0=share[0], share1=share[1], share2=share[2])
+        raised = at._replace(
+            phase=u32(1),
+            top=top,
+            window=window,
+            rest=at.rest - high * up,
+            above=at.above + up,
+        )
+        lowered = at._replace(
+            phase=u32(1),
+            bottom=bottom + 1,
+            rest=at.rest - low * down,
+            below=at.below + down,
+        )
+        # Of the units beyond a bound: what they would get, against what they may.
+        due, allowed = exact.scale(at.rest, share), high * up + low * down
+        less = exact.less(due, exact.scale(allowed, at.share))
+        fixed = _choose(less, lowered, raised)
+        fixed = _choose(up + down == 0, at._replace(phase=u32(3)), fixed)
+        return _pack(_choose(at.phase < 2, summed, fixed))
 
-    zero, end = u32(0), u32(_BEYOND if ordered is None else ordered.size)
-    bracket = jnp.stack([zero, end, zero, u32(_BEYOND), candidate(zero), zero])
-    none = jnp.zeros((5,), jnp.uint32)
-    state = zero, bracket, (none, none)
-    _, bracket, sums = lax.while_loop(lambda s: s[0] < 2, step, state)
-    return _Found(bracket[2], bracket[3], bracket[4], sums)
-
-
-def _tally(units: Units, bottom, top, window) -> Words:
-    """The sums of the low, middle and high bits of scores in between, and two counts.
-
-    Those are of units from `top` up, and of those in between.
-    """
-
-    def terms(bits, index):
-        up = (bits >= top) & (index < units.size)
-        between = (bits >= bottom) & (bits < top) & (index < units.size)
-        low, high = exact.fixed_point(jnp.minimum(bits, window), window)
-        low, high = jnp.where(between, low, 0), jnp.where(between, high, 0)
-        return low & 0xFFFF, low >> 16, high, u32(up), u32(between)
-
-    values = [terms(b, i) for b, i in zip(units.bits, units.index, strict=True)]
-    return _sums(units, values, 24)
+    start = Rate(*[zero] * len(Rate._fields))
+    start = start._replace(bottom=u32(1), top=u32(_BEYOND), window=highest)
+    return Rate(*lax.while_loop(lambda vector: vector[0] < 3, step, _pack(start)))
 
 
-def _shares(units: Units, sums: Words, budget, low, high):
-    """What a tally leaves of the budget, whether it is too much, and who share it."""
-    (a, b, c, up, between), (a1, b1, c1, _, _) = sums
-    share = exact.add((a, a1, u32(0)), (b << 16, b >> 16 | b1 << 16, b1 >> 16))
-    share = exact.add(share, (u32(0), c, c1))
-    down = u32(units.size) - up - between
-    rest = budget - up * high
-    over = up > budget // jnp.maximum(high, 1)
-    over = over | (down > rest // jnp.maximum(low, 1))
-    return rest - down * low, over, share
+def _choose(yes: jax.Array, a: Rate, b: Rate) -> Rate:
+    pairs = zip(a, b, strict=True)
+    return Rate(*(x if x is y else jnp.where(yes, x, y) for x, y in pairs))
 
 
-def _sums(units: Units, values, width: int) -> Words:
-    """Exact sums over all units of several values of so many bits; as two vectors.
-
-    A float32 sum stops counting at 2**24. Here a value is cut into limbs so narrow
-    that the 32-bit sum of all of them cannot overflow.
-    """
-    totals: Words = u32(0), u32(0)
-    for block in values:
-        if units.swept:
-            zeros = (jnp.uint32(0),) * len(block)
-            rows = jnp.stack(lax.reduce(block, zeros, _add_each, (1,)))
-            sums = _sum(rows, (1,), 32)
-        else:
-            each = [_sum(x, tuple(range(x.ndim)), width) for x in block]
-            low, high = zip(*each, strict=True)
-            sums = jnp.stack(low), jnp.stack(high)
-        totals = exact.add(totals, sums)
-    return totals
-
-
-def _add_each(x, y):
-    return tuple(a + b for a, b in zip(x, y, strict=True))
-
-
-def _sum(x: jax.Array, axes: tuple[int, ...], width: int) -> Words:
-    n = math.prod(x.shape[a] for a in axes)
-    limb = 32 - (max(n, 1) - 1).bit_length()
-    if limb >= width:
-        total = jnp.sum(x, axes, dtype=jnp.uint32)
-        return total, jnp.zeros_like(total)
-    out: Words = u32(0), u32(0)
-    for at in range(0, width, limb):
-        part = (x >> at) & u32((1 << limb) - 1)
-        total = jnp.sum(part, axes, dtype=jnp.uint32)
-        high = total >> (32 - at) if at else jnp.zeros_like(total)
-        out = exact.add(out, (total << at, high))
+def _pack(numbers: Sequence[jax.Array]) -> jax.Array:
+    """A vector of numbers. `jnp.stack` would be compiled to a kernel for each."""
+    out = jnp.broadcast_to(numbers[0], (len(numbers),))
+    for i, x in enumerate(numbers):
+        out = jnp.where(np.arange(len(numbers)) == i, x, out)
     return out
 
 
-def _round(units, budget, low, high, found: _Found) -> list[jax.Array]:
-    """Floors of the proportional shares, then one more for the largest remainders."""
-    bottom, top, window, sums = found
-    rest, _, share = _shares(units, sums, budget, low, high)
-    nothing = (share[0] | share[1] | share[2]) == 0
-    share = (jnp.where(nothing, u32(1), share[0]), share[1], share[2])
-
-    def floor(bits, index):
-        fixed = exact.fixed_point(jnp.minimum(bits, window), window)
-        quotient, remainder = _divide(exact.scale(rest, fixed), share)
-        # Scores too small for the window are told apart by the scores themselves.
-        cut = exact.exponent(window) > exact.exponent(bits) + 32
-        keys = jnp.stack([*reversed(remainder), jnp.where(cut, bits, 0), ~index])
-        between = (bits >= bottom) & (bits < top) & (index < units.size)
-        bound = jnp.where(bits >= top, high, low)
-        return jnp.where(between, quotient, bound), between, keys
-
-    blocks = [floor(b, i) for b, i in zip(units.bits, units.index, strict=True)]
-    quotas, free, keys = map(list, zip(*blocks, strict=True))
-    given = [
-        jnp.sum(jnp.where(f, q, 0), dtype=jnp.uint32)  # modulo 2**32 like the rest
-        for q, f in zip(quotas, free, strict=True)
-    ]
-    extra = _largest(keys, free, rest - sum(given))
-    return [q + u32(e) for q, e in zip(quotas, extra, strict=True)]
+def _highest(units: Units) -> jax.Array:
+    if units.ordered is not None:
+        return units.ordered[-1]
+    return functools.reduce(jnp.maximum, [jnp.max(b, initial=0) for b in units.bits])
 
 
-def _divide(x: Words, y: Words) -> tuple[jax.Array, Words]:
-    """Quotient (below 2**31) and remainder of three words, by guesses from below."""
-    inverse = (1.0 - 2.0**-19) / exact.to_float(y)
-    q = u32(jnp.floor(exact.to_float(x) * inverse))
-    r = exact.sub(x, exact.scale(q, y)[:3])
-    step = u32(jnp.floor(exact.to_float(r) * inverse))
-    q, r = q + step, exact.sub(r, exact.scale(step, y)[:3])
-    more, rest = ~exact.less(r, y), exact.sub(r, y)
-    r = tuple(jnp.where(more, a, b) for a, b in zip(rest, r, strict=True))
-    return q + u32(more), r
+def _look_up(units: Units, at: Rate, up: jax.Array, down: jax.Array) -> list[jax.Array]:
+    """What else `_tally` can tell: the scores next to those that are fixed."""
+    assert units.ordered is not None
+    top = u32(units.size) - at.above - up
+    places = top, top - 1, at.below + down - 1
+    last = u32(units.size - 1)
+    found = (units.ordered[jnp.minimum(i, last).astype(jnp.int32)] for i in places)
+    return [at.scores(bits) for bits in found]
 
 
-def _largest(keys, free, count) -> list[jax.Array]:
-    """Marks the `count` of the `free` units with the largest keys.
+def _tally(
+    units: Units, found: Sequence[_Sorted]
+) -> tuple[Words, jax.Array, jax.Array, list[jax.Array]]:
+    """Sum and numbers of units beyond the bounds, and the scores next to them.
 
-    Keys are stacks of words, compared in order; no two are equal. For each word in
-    turn counting finds the value that separates those in from those still tied.
+    These are the least above, the largest in between and the largest below. They are
+    left out where they can be looked up.
     """
 
+    def terms(x):
+        low, high = (jnp.where(x.up | x.down, word, 0) for word in x.fixed)
+        limbs = low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16
+        return (*limbs, u32(x.up), u32(x.down))
+
+    def nearest(x):
+        if units.ordered is not None:
+            return ()
+        above = jnp.where(x.up, x.bits, u32(_BEYOND))
+        between = jnp.where(x.free & ~x.up, x.bits, 0)
+        return above, between, jnp.where(x.down, x.bits, 0)
+
+    blocks = [(terms(x), nearest(x)) for x in found]
+    sums, near = _sweep(*blocks[0]) if units.in_rows else _sums(blocks)
+    (a, b, c, d, up, down), (a1, b1, c1, d1, _, _) = sums
+    share = exact.add((a, a1, u32(0)), (b << 16, b >> 16 | b1 << 16, b1 >> 16))
+    share = exact.add(share, (u32(0), c, c1))
+    share = exact.add(share, (u32(0), d << 16, d >> 16 | d1 << 16))
+    return share, up, down, near
+
+
+_NEAREST = (jnp.minimum, _BEYOND), (jnp.maximum, 0), (jnp.maximum, 0)
+
+
+def _sweep(terms: tuple, near: tuple) -> tuple[Words, list[jax.Array]]:
+    """Sums of 16-bit numbers in rows, as two vectors of words, and the scores next."""
+    kinds = [(jnp.add, 0)] * len(terms) + list(_NEAREST[: len(near)])
+    operations, starts = zip(*kinds, strict=True)
+
+    def combine(x, y):
+        return tuple(f(a, b) for f, a, b in zip(operations, x, y, strict=True))
+
+    found = lax.reduce((*terms, *near), tuple(map(u32, starts)), combine, (1,))
+    sums, near = found[: len(terms)], found[len(terms) :]
+    if sums[0].size == 1:
+        low = [x.reshape(()) for x in sums]
+        return (low, [u32(0)] * len(low)), [x.reshape(()) for x in near]
+    rows = jnp.stack(sums)
+    totals = lax.reduce((rows, jnp.zeros_like(rows)), (u32(0), u32(0)), _add, (1,))
+    return totals, [f.reduce(x) for x, (f, _) in zip(near, _NEAREST, strict=False)]
+
+
+def _add(x: Words, y: Words) -> Words:
+    return exact.add(x, y)
+
+
+def _sums(blocks: Sequence[tuple]) -> tuple[Words, list[jax.Array]]:
+    """The same of many arrays, by sums of a kind that leaves them where they lie."""
+    totals: Words = u32(0), u32(0)
+    near = [u32(start) for _, start in _NEAREST]
+    for terms, nearest in blocks:
+        low, high = zip(*(_sum(x, 16) for x in terms), strict=True)
+        totals = exact.add(totals, (jnp.stack(low), jnp.stack(high)))
+        near = [
+            f(a, f.reduce(x, axis=None, initial=u32(start)))
+            for a, x, (f, start) in zip(near, nearest, _NEAREST, strict=True)
+        ]
+    return totals, near
+
+
+def _sum(x: jax.Array, width: int) -> Words:
+    """The exact sum of numbers of so many bits.
+
+    A float32 sum stops counting at 2**24. Here a number is cut into limbs so narrow
+    that the 32-bit sum of all of them cannot overflow.
+    """
+    limb = 32 - (max(x.size, 1) - 1).bit_length()
+    out: Words = u32(0), u32(0)
+    for at in range(0, width, limb):
+        part = x if limb >= width else (x >> at) & u32((1 << limb) - 1)
+        total = jnp.sum(part, dtype=jnp.uint32)
+        out = exact.add(out, (total << at, total >> (32 - at) if at else u32(0)))
+    return out
+
+
+def _round(units: Units, rate: Rate, few: bool) -> list[jax.Array]:
+    """Whole shares of `rest`: the floor of ``(rest * score + offset) / share``.
+
+    The offset is the largest that does not overspend. Below the words of a remainder
+    it has two for ties: of scores too small for the window, and by order. So no two
+    units are rounded up by the same offset, and nothing is left over.
+    """
+    none = (rate.share0 | rate.share1 | rate.share2) == 0
+    rate = rate._replace(share0=jnp.where(none, u32(1), rate.share0))
+    words = _TIES + len(rate.share)
+    nothing = u32(32 * words)  # the number of no bit
+    length = 32 * _TIES + exact.length(rate.share)
+
+    def shares(at, inverse, offset):
+        def share(bits, index):
+            bits = at.scores(bits)
+            cut = exact.exponent(at.window) > exact.exponent(bits) + 32
+            due = exact.scale(at.rest, at.fixed_point(bits))
+            due = exact.add((~index, jnp.where(cut, bits, 0), *due), tuple(offset))
+            quotient = _quotient(due[_TIES:], at.share, inverse, few)
+            return jnp.where(at.free(bits), quotient, 0)
+
+        return [share(b, i) for b, i in zip(units.bits, units.index, strict=True)]
+
+    # All is carried along in one vector, or XLA computes ahead whatever it sees not to
+    # change, with a kernel for each.
     def step(state):
-        turn, chosen, tied, count = state
-        words = [lax.dynamic_index_in_dim(k, turn, keepdims=False) for k in keys]
-        threshold = _separate(words, tied, count)
-        above = [t & (w > threshold) for w, t in zip(words, tied, strict=True)]
-        chosen = [c | a for c, a in zip(chosen, above, strict=True)]
-        tied = [t & (w == threshold) for w, t in zip(words, tied, strict=True)]
-        return turn + 1, chosen, tied, count - _count(above)
+        numbers, _ = state
+        bit, offset, at = (
+            numbers[0],
+            numbers[1 : 1 + words],
+            Rate(*numbers[2 + words :]),
+        )
+        inverse = lax.bitcast_convert_type(numbers[1 + words], jnp.float32)
+        place, mask = bit >> 5, u32(1) << (bit & 31)
+        trial = offset | jnp.where(np.arange(words, dtype=np.uint32) == place, mask, 0)
+        found = shares(at, inverse, trial)
+        total = _total(units, found)
+        after = jnp.where(total == at.rest, u32(_END), jnp.minimum(bit, length) - 1)
+        places = np.arange(numbers.size, dtype=np.uint32)
+        fits = (places == place + 1) & (places <= words) & (total <= at.rest)
+        numbers = jnp.where(places == 0, after, numbers | jnp.where(fits, mask, 0))
+        return numbers, found
 
-    # Or XLA recomputes the division in every pass of every search.
-    keys, free, count = lax.optimization_barrier((keys, free, count))
-    state = u32(0), [jnp.zeros_like(f) for f in free], free, count
-    return lax.while_loop(lambda s: (s[0] < 5) & (s[3] > 0), step, state)[1]
+    inverse = lax.bitcast_convert_type(
+        (1.0 - 2.0**-19) / exact.to_float(rate.share), jnp.uint32
+    )
+    numbers = _pack((nothing, *[u32(0)] * words, inverse, *rate))
+    state = numbers, [jnp.zeros_like(b) for b in units.bits]
+    return lax.while_loop(lambda state: state[0][0] <= nothing, step, state)[1]
 
 
-def _count(marks: list[jax.Array]) -> jax.Array:
-    return sum((jnp.sum(m, dtype=jnp.uint32) for m in marks), u32(0))
+def _total(units: Units, quotas: Sequence[jax.Array]) -> jax.Array:
+    """The sum of all quotas, below 2**32."""
+    if units.in_rows:
+        # Two sums at once, or XLA makes three kernels of the reduction.
+        (q,), zero = quotas, u32(0)
+        quotas = [lax.reduce((q, q), (zero, zero), _add_each, (1,))[0]]
+        if quotas[0].size == 1:
+            return quotas[0][0]
+    return functools.reduce(
+        operator.add, [jnp.sum(q, dtype=jnp.uint32) for q in quotas]
+    )
 
 
-def _separate(words, tied, count) -> jax.Array:
-    """A value with at most `count` of the tied words above it, and all it can have."""
+def _add_each(x: Words, y: Words) -> Words:
+    return x[0] + y[0], x[1] + y[1]
 
-    def step(state):
-        left, right, _ = state
-        middle = left + (right - left) // 2
-        total = _count([t & (w > middle) for w, t in zip(words, tied, strict=True)])
-        far = jnp.where(total > count, middle + 1, middle)
-        left = jnp.where(total < count, left, far)
-        return left, jnp.where(total <= count, middle, right), total
 
-    most = [
-        jnp.max(jnp.where(t, w, 0), initial=0) for w, t in zip(words, tied, strict=True)
-    ]
-    state = u32(0), functools.reduce(jnp.maximum, most), count + 1
-    # Found as soon as one value separates exactly the right number.
-    return lax.while_loop(lambda s: (s[0] < s[1]) & (s[2] != count), step, state)[0]
+def _quotient(x: Words, y: Words, inverse: jax.Array, few: bool) -> jax.Array:
+    """The whole part of a quotient below 2**31, by guesses from below."""
+    q = u32(jnp.floor(exact.to_float(x) * inverse))
+    product = exact.scale_short(q, y) if few else exact.scale(q, y)[:3]
+    r = exact.sub(x, product)
+    if not few:
+        step = u32(jnp.floor(exact.to_float(r) * inverse))
+        q, r = q + step, exact.sub(r, exact.scale(step, y)[:3])
+    return q + u32(~exact.less(r, y))

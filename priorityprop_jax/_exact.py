@@ -61,11 +61,29 @@ def scale(a: jax.Array, x: Words) -> Words:
     return (*out, carry)
 
 
+def scale_short(a: jax.Array, x: Words) -> Words:
+    """`scale` for a number below 2**16, modulo 2**(32 * words)."""
+    out, carry = [], jnp.zeros_like(a)
+    for word in x:
+        low, high = a * (word & 0xFFFF) + carry, a * (word >> 16)
+        out.append(low + (high << 16))
+        carry = (high >> 16) + u32(out[-1] < low)
+    return tuple(out)
+
+
 def less(x: Words, y: Words) -> jax.Array:
     """`x < y`, as unsigned numbers with the same number of words."""
     out = x[0] < y[0]
     for a, b in zip(x[1:], y[1:], strict=True):
         out = (a < b) | ((a == b) & out)
+    return out
+
+
+def length(x: Words) -> jax.Array:
+    """The number of binary digits, uint32."""
+    out = u32(0)
+    for i, word in enumerate(x):
+        out = jnp.where(word > 0, u32(32 * i + 32) - lax.clz(word), out)
     return out
 
 
@@ -100,23 +118,3 @@ def fixed_point(bits: jax.Array, window: jax.Array) -> Words:
     lost = (m & ((u32(1) << past) - 1)) != 0
     low = jnp.where(d <= 32, near, (m >> past) | u32(lost))
     return low, jnp.where(d < 24, m >> jnp.minimum(d, 31), u32(0))
-
-
-def scale_up(bits: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The smallest float that is at least ``x * a / b``, for a scalar and a <= b.
-
-    Both below 2**31. With a * 2**up <= b its mantissa is m * a * 2**up / b, rounded up.
-    """
-    m, e = mantissa(bits), exponent(bits)
-    up = lax.clz(a) - lax.clz(b)
-    up = up - u32(a << up > b)
-    short = less(mul32(m, a << up), (b << 23, b >> 9))
-    up = jnp.minimum(up + u32(short), e - 1)  # or it is subnormal
-    a = a << up
-    guess = m.astype(jnp.float32) * (a.astype(jnp.float32) / b.astype(jnp.float32))
-    # Off by a few units in the last place, depending on the backend: try them all.
-    near = u32(guess)
-    near = near - jnp.minimum(near, 6) + lax.iota(jnp.uint32, 13)
-    below = less(mul32(near, b), mul32(m, a))
-    found = near[0] + jnp.sum(below, dtype=jnp.uint32)
-    return jnp.where(a > 0, ((e - up - 1) << 23) + found, u32(0))

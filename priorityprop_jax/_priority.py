@@ -17,7 +17,13 @@ import optax
 from jax import lax
 
 from . import _units
-from ._allocation import allocate_leaves, allocate_vector, ALLOCATIONS, positions
+from ._allocation import (
+    allocate_leaves,
+    allocate_vector,
+    ALLOCATIONS,
+    are_few,
+    positions,
+)
 from ._budget import check_budget, resolve, warn_infeasible
 from ._checks import check_bounds, check_count, check_finite, check_name, is_traced
 from ._schedule import multiplicity, ranking
@@ -423,10 +429,11 @@ def _score(settings: Settings, where, sizes, factors, state):
 
 def _allocate(settings: Settings, scores, budget) -> list[jax.Array]:
     bounds = budget, settings.min_updates, settings.max_updates
+    few = are_few(settings.max_updates)
     if settings.by_element and settings.allocation == "bisect":
-        return allocate_leaves(scores, *bounds)
+        return allocate_leaves(scores, *bounds, few)
     vector = _units.join(scores)
-    quotas = allocate_vector(vector, *bounds, method=settings.allocation)
+    quotas = allocate_vector(vector, *bounds, settings.allocation, few)
     ends = np.cumsum([s.size for s in scores])[:-1]
     parts = jnp.split(quotas, ends) if scores else []
     return [

@@ -210,19 +210,20 @@ def ours(state: Any) -> PriorityPropState:
     return found
 
 
-def quick_vector(scores, budget, low, high, method):
+def quick_vector(scores, budget, low, high, method, few):
     """Stands in for the exact allocation, which takes seconds to compile.
 
     For tests that ask how a transformation fits together with others, not what the
     quotas are.
     """
-    del method
+    del method, few
     share = scores / jnp.maximum(jnp.sum(scores), jnp.finfo(jnp.float32).tiny)
     return jnp.clip(jnp.round(share * budget), low, high).astype(jnp.int32)
 
 
-def quick_leaves(scores, budget, low, high):
+def quick_leaves(scores, budget, low, high, few):
     """`quick_vector` over many arrays."""
+    del few
     total = sum((jnp.sum(s) for s in scores), jnp.float32(0))
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     quotas = [jnp.clip(jnp.round(s / total * budget), low, high) for s in scores]

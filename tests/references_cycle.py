@@ -116,9 +116,9 @@ class Simulation:
         return out
 
 
-def allocate_exactly(scores, budget, low, high, method):
+def allocate_exactly(scores, budget, low, high, method, few):
     """Stands in for `allocate_vector`: quotas from the oracle, little to compile."""
-    del method
+    del method, few
 
     def on_host(scores, budget, low, high):
         quotas = exact_quotas(scores, int(budget), int(low), int(high))

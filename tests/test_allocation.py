@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from priorityprop_jax._allocation import allocate, allocate_leaves, score_bits
+from priorityprop_jax._allocation import (
+    allocate,
+    allocate_leaves,
+    are_few,
+    score_bits,
+)
 from references import exact_quotas, exact_scores
 
 
@@ -205,7 +210,7 @@ CUTS = {
 }
 
 
-jitted_allocate_leaves = jax.jit(allocate_leaves)
+jitted_allocate_leaves = jax.jit(allocate_leaves, static_argnames="few")
 
 
 @quick
@@ -217,7 +222,7 @@ def test_leaves_get_what_one_vector_gets(shapes, data):
     problem = data.draw(problems([sum(sizes)]))
     parts = np.split(problem.scores, np.cumsum(sizes)[:-1])
     leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    found = jitted_allocate_leaves(leaves, *problem[1:])
+    found = jitted_allocate_leaves(leaves, *problem[1:], few=are_few(problem.high))
     assert [leaf.shape for leaf in found] == shapes
     assert {leaf.dtype for leaf in found} == {jnp.dtype("int32")}
     flat = np.concatenate([np.ravel(leaf) for leaf in found])

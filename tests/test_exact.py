@@ -1,6 +1,5 @@
 """Wide integers against Python's, and floats as integers against rationals."""
 
-import bisect
 from fractions import Fraction
 
 import hypothesis
@@ -57,7 +56,8 @@ def value(bits):
 add, sub, less = map(jax.jit, (exact.add, exact.sub, exact.less))
 scale = jax.jit(exact.scale)
 fixed_point = jax.jit(exact.fixed_point)
-scale_up = jax.jit(jax.vmap(exact.scale_up))
+scale_short = jax.jit(exact.scale_short)
+length = jax.jit(exact.length)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -89,6 +89,25 @@ def test_product_with_a_word(n, data):
     a, x = data.draw(batch(words)), data.draw(wide(n))
     pairs = zip(a.tolist(), integers(x), strict=True)
     assert integers(scale(a, x)) == [a * b for a, b in pairs]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@hypothesis.given(data=st.data())
+@property_test
+def test_product_with_a_short_number(n, data):
+    short = st.sampled_from([0, 1, 2**16 - 1]) | st.integers(0, 2**16 - 1)
+    a, x = data.draw(batch(short)), data.draw(wide(n))
+    pairs = zip(a.tolist(), integers(x), strict=True)
+    assert integers(scale_short(a, x)) == [a * b % WORD**n for a, b in pairs]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@hypothesis.given(data=st.data())
+@property_test
+def test_number_of_digits(n, data):
+    x = data.draw(wide(n))
+    x = (*x[:-1], x[-1] * (data.draw(st.integers(0, 1))))
+    assert length(x).tolist() == [a.bit_length() for a in integers(x)]
 
 
 @hypothesis.given(x=batch(words), y=batch(words))
@@ -131,26 +150,3 @@ def test_fixed_point_is_exact_or_rounded_to_odd(bits, window):
         floor = units.numerator // units.denominator
         assert number == (floor if units == floor else floor | 1), f"{b=:#x} {w=:#x}"
         assert number < 2**56
-
-
-@hypothesis.given(bits=batch(patterns), a=batch(words), b=batch(words))
-@property_test
-def test_scale_up_is_the_smallest_float_from_the_quotient_up(bits, a, b):
-    a, b = np.minimum(a, b) >> 1, np.maximum(np.maximum(a, b) >> 1, 1)
-    check_scale_up(bits, a, b)
-
-
-@hypothesis.given(
-    bits=batch(patterns), a=batch(st.integers(0, 20)), b=batch(st.integers(1, 20))
-)
-@property_test
-def test_scale_up_by_usual_bounds(bits, a, b):
-    check_scale_up(bits, np.minimum(a, b), b)
-
-
-def check_scale_up(bits, a, b):
-    found = scale_up(bits, a, b).tolist()
-    cases = zip(bits.tolist(), a.tolist(), b.tolist(), found, strict=True)
-    for bits, a, b, found in cases:
-        expected = bisect.bisect_left(range(bits), value(bits) * a / b, key=value)
-        assert found == expected, f"{bits=:#x} {a=} {b=}"
