@@ -1,7 +1,8 @@
 """All updates of one step of `prioritize`: who is due none, one, or several in a row.
 
 A large leaf is updated inside a conditional, so that its work is skipped while it
-rests; small leaves are selected.
+rests; small leaves are selected. Where an update can be computed from the state after
+it, as Adam's can, that is left for later, to be fused into what the update is used for.
 """
 
 import functools
@@ -19,8 +20,9 @@ from ._priority import Turn
 from ._units import unstack_together
 
 
-# Leaves up to this size are selected instead of branched on: a conditional has a cost.
-_SMALL = 2**14
+# Leaves up to this size are selected instead of branched on. A conditional has a cost,
+# above all to compile; and by a scalar XLA:CPU selects whole loops, not elements.
+_SMALL = 2**16
 
 
 class _Job(NamedTuple):
@@ -37,7 +39,8 @@ class _Job(NamedTuple):
     busiest: list[jax.Array]  # the largest of `due`, a scalar
     longest: list[jax.Array]  # the largest of `back`
     factors: list[list[jax.Array]]  # what the first update takes from shared state
-    second: list[list[jax.Array]]  # the same for the second, where it is the last
+    second: list[list[jax.Array]]  # the same for the second, where there can be two
+    final: list[list[jax.Array]]  # the same for the last of those
     left: list[list[jax.Array]]  # shared state as each leaf left it, to be caught up
     after: list[list[jax.Array]]  # shared state after the first update, for the next
 
@@ -72,18 +75,28 @@ def run(
         due, back = turn.by_leaf(due), turn.by_leaf(back)
         busiest, longest = (jnp.stack(list(map(_largest, x))) for x in (due, back))
     job = _Job(
-        parts, resting, most, turn.whole, turn.leaves, params, due, back, *[[]] * 6
+        parts, resting, most, turn.whole, turn.leaves, params, due, back, *[[]] * 7
     )
     job, shared = _share(job, busiest, longest)
-    small = [i for i in range(n) if job.grads[i].size <= _SMALL]
-    first = [_first(job, i) for i in small]
-    done = dict(zip(small, _more(job, small, first), strict=True))
-    ready = jnp.int32(0)
+    done: dict[int, _Progress] = {}
+    now, ready = [], jnp.int32(0)
     for i in range(n):
-        if i not in done:
+        late = parts.late_update(i) is not None
+        if late and most == 1:
+            done[i] = _late(job, i)
+        elif late and most == 2 and turn.whole:
+            done[i], ready = _late_twice(job, i, ready)
+        elif _is_small(job, i):
+            now.append(i)
+        else:
             done[i], ready = _branch(job, i, ready)
+    done |= zip(now, _more(job, now, [_first(job, i) for i in now]), strict=True)
     own = [done[i].own for i in range(n)]
     return [done[i].total for i in range(n)], parts.collect(own, shared)
+
+
+def _is_small(job: _Job, i: int) -> bool:
+    return job.grads[i].size <= _SMALL
 
 
 def _largest(x: jax.Array) -> jax.Array:
@@ -106,6 +119,9 @@ def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
         fresh = parts.fresh(0, _param(job, 0))[1]
         state = [_choose(back > 0, a, b) for a, b in zip(fresh, state, strict=True)]
     after, factors = advance(state)
+    second = advance(after)[1] if job.most == 2 else []
+    pairs = zip(second, factors, strict=False)
+    final = [_choose(due > 1, b, a) for b, a in pairs] if job.whole else []
     last = _repeat(job.most, _largest(due), functools.partial(move, due), after)
     new = [_choose(due > 0, a, b) for a, b in zip(last, parts.shared, strict=True)]
     few = job.most is not None and job.most < 2**24  # exact in float32, and shorter
@@ -113,7 +129,8 @@ def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
         [(due > 0) if job.most == 1 else due.astype(jnp.float32) if few else due],
         [back] if job.resting != "keep" else [],
         factors,
-        advance(after)[1] if job.most == 2 else [],
+        second,
+        final,
         parts.shared if job.resting == "decay" else [],
         after if job.most not in (1, 2) else [],
     ]
@@ -121,7 +138,7 @@ def _share(job: _Job, due: jax.Array, back: jax.Array) -> tuple[_Job, list]:
     ends = list(itertools.accumulate(map(len, columns), initial=0))
     cut = [[row[a:b] for row in rows] for a, b in itertools.pairwise(ends)]
     busiest, longest = ([x for part in column for x in part] for column in cut[:2])
-    names = ("factors", "second", "left", "after")
+    names = ("factors", "second", "final", "left", "after")
     parts = dict(zip(names, cut[2:], strict=True))
     job = job._replace(busiest=busiest, longest=longest, **parts)
     return job._replace(due=busiest, back=longest) if job.whole else job, new
@@ -144,31 +161,116 @@ def _repeat(most: int | None, busiest: jax.Array, once: Callable, start: Any) ->
     return maybe(1, start) if most == 2 else lax.fori_loop(1, most, maybe, start)
 
 
+def _late(job: _Job, i: int) -> _Progress:
+    """The state of a leaf first, and its update from that.
+
+    Outside of the conditional, to be fused into what follows: the update never is an
+    array in memory.
+    """
+    g, p, own = job.grads[i], job.params[i], job.parts.own[i]
+    if _is_small(job, i):
+        own = _moved(job, i)
+    elif own:
+        # What passes through must be the false branch: the other order copies.
+        on = _is_due(job.busiest[i])
+        own = lax.cond(on, lambda _: _moved(job, i), _same, own)
+    total = _update(job, i)(g, own, job.factors[i], p)
+    total = _where(_is_due(job.due[i]), total, _nothing(total))
+    return _Progress(total, own, [])
+
+
+def _late_twice(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Array]:
+    """The same where there can be two updates; only the first of two is an array.
+
+    Also returns a zero that is known when that is done, for the next leaf to wait for.
+    """
+    g, p, due = job.grads[i], job.params[i], job.due[i].astype(jnp.int32)
+    none = _nothing(g, job.parts.dtype(i))
+
+    def first(own):
+        return _update(job, i)(g, own, job.factors[i], p)
+
+    def second(own, before):
+        return job.parts.move(i, g, own, job.second[i], _plus(p, before))
+
+    if _is_small(job, i):
+        own = _moved(job, i)
+        before = _where(due > 1, first(own), none)
+        new = second(own, before)
+        own = [_where(due > 1, a, b) for a, b in zip(new, own, strict=True)]
+    else:
+        # XLA copies what does not pass through whole, so the state has a conditional
+        # to itself; and that waits for this one, which reads the old state.
+        before, due = lax.cond(
+            due > 1 + ready,
+            lambda *_: (first(_moved(job, i)), due),
+            lambda *passed: passed,
+            none,
+            jnp.minimum(due, 1),
+        )
+        ready = jnp.minimum(due, 0)
+
+        def both(_):
+            new = _moved(job, i)
+            return lax.cond(due > 1, lambda own: second(own, before), _same, new)
+
+        own = lax.cond(due > 0, both, _same, job.parts.own[i])
+        before = _where(due > 1, before, none)
+    total = before + _update(job, i)(g, own, job.final[i], _plus(p, before))
+    total = _where(due > 0, total.astype(none.dtype), none)
+    return _Progress(total, own, []), ready
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _update(job: _Job, i: int) -> Callable[[Any, list, list, Any], Any]:
+    update = job.parts.late_update(i)
+    assert update is not None
+    return update
+
+
+def _nothing(like: jax.Array, dtype: Any = None) -> jax.Array:
+    """The update of what rests.
+
+    Negative zeros, which change no number they are added to, not even -0.0. That is
+    not true of zeros, so that a sum with them would have to be computed.
+    """
+    return lax.neg(jnp.zeros_like(like, dtype=dtype))
+
+
+def _plus(p: Any, update: jax.Array) -> Any:
+    return None if p is None else optax.apply_updates(p, update)
+
+
+def _moved(job: _Job, i: int) -> list[jax.Array]:
+    """The state of a leaf after the first update in this step."""
+    g, old = job.grads[i], _welcome_back(job, i)
+    new = job.parts.move(i, g, old, job.factors[i], job.params[i])
+    if job.whole and not _is_small(job, i):
+        return new
+    # Of a leaf that rests, what `old` holds may already be that of its return.
+    return _select(
+        _is_due(job.due[i]), _Progress(g, new, []), _Progress(g, old, [])
+    ).own
+
+
 def _branch(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Array]:
     """The updates of a large leaf, and a zero that is known when they are done."""
-    # What passes through must be the false branch: the other order copies.
-    own = job.parts.own[i]
-    late_update = job.parts.late_update(i) if job.most == 1 else None
-    if late_update is None:
-        total = jnp.zeros_like(job.grads[i], dtype=job.parts.dtype(i))
-        due = job.busiest[i].astype(jnp.int32)
-        # One leaf after the other: what the update is used for comes in between, and
-        # its memory serves for the next. All at once, they would all be in memory.
-        total, own, done = lax.cond(
-            due > ready,
-            lambda *_: (*_more(job, [i], [_first(job, i)])[0][:2], due),
-            lambda *passed: passed,
-            total,
-            own,
-            ready,
-        )
-        return _Progress(total, own, []), jnp.minimum(done, 0)
-    due = _is_due(job.busiest[i])
-    own = lax.cond(due, lambda _: _first(job, i).own, lambda own: own, own)
-    # Outside, to be fused into what follows: it never is an array in memory.
-    total = late_update(job.grads[i], own, job.factors[i], job.params[i])
-    total = _where(_is_due(job.due[i]), total, jnp.zeros_like(total))
-    return _Progress(total, own, []), ready
+    total = _nothing(job.grads[i], job.parts.dtype(i))
+    due = job.busiest[i].astype(jnp.int32)
+    # One leaf after the other: what the update is used for comes in between, and its
+    # memory serves for the next. All at once, they would all be in memory.
+    total, own, done = lax.cond(
+        due > ready,
+        lambda *_: (*_more(job, [i], [_first(job, i)])[0][:2], due),
+        lambda *passed: passed,
+        total,
+        job.parts.own[i],
+        ready,
+    )
+    return _Progress(total, own, []), jnp.minimum(done, 0)
 
 
 def _is_due(number: jax.Array) -> jax.Array:
@@ -181,7 +283,7 @@ def _first(job: _Job, i: int) -> _Progress:
     sure = job.whole and g.size > _SMALL
     own = _welcome_back(job, i)
     total, new = job.parts.update(i, g, own, job.factors[i], p)
-    start = _Progress(jnp.zeros_like(total), own, [])
+    start = _Progress(_nothing(total), own, [])
     due = sure or _is_due(job.due[i])
     at = _select(due, _Progress(total, new, []), start)
     return at._replace(shared=job.after[i] if job.after else [])
@@ -207,8 +309,7 @@ def _next(job: _Job, i: int, at: _Progress) -> _Progress:
     shared, factors = at.shared, job.second[i] if job.second else []
     if job.most != 2:
         shared, factors = job.parts.advance(shared)
-    p = job.params[i]
-    p = None if p is None else optax.apply_updates(p, at.total)
+    p = _plus(job.params[i], at.total)
     update, own = job.parts.update(i, job.grads[i], at.own, factors, p)
     return _Progress((at.total + update).astype(at.total.dtype), own, shared)
 

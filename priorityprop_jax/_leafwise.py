@@ -42,6 +42,8 @@ class Leafwise(NamedTuple):
     advance: Callable[[list], tuple[list, list]]
     # (leaf, gradient, own, factors, param) -> (update, own)
     update: Callable[[int, Any, list, list, Any], tuple[Any, list]]
+    # The state after that alone.
+    move: Callable[[int, Any, list, list, Any], list]
     # The update alone, from the own state *after* it; None where it takes the old one.
     late_update: Callable[[int], Callable[[Any, list, list, Any], Any] | None]
     dtype: Callable[[int], Any]  # of the update of a leaf
@@ -173,6 +175,7 @@ def _by_equations(call: _Call) -> Leafwise | None:
 
     # From the outside in: of a leaf, of what leaves share, of the step.
     slices = [program.cut([updates[i], *new[i]], known=SHARED) for i in leaves]
+    moves = [program.cut(new[i], known=SHARED) for i in leaves]
     used = dict.fromkeys(v for part in slices for v in part.inputs)
     factors = [v for v in used if program.group(v) == SHARED]
     shared = program.cut([*new[SHARED], *factors], known=CAPTURED)
@@ -196,6 +199,10 @@ def _by_equations(call: _Call) -> Leafwise | None:
         u, *after = slices[i](given(i, g, old[i], own, mids, p))
         return u, _cast(after, own)
 
+    def move(i, g, own, mids, p):
+        return _cast(moves[i](given(i, g, old[i], own, mids, p)), own)
+
+    @functools.cache
     def late_update(i):
         part = program.cut([updates[i]], known=SHARED, stop=new[i])
         same = all(
@@ -216,6 +223,7 @@ def _by_equations(call: _Call) -> Leafwise | None:
         shared=values[SHARED],
         advance=advance,
         update=update,
+        move=move,
         late_update=late_update,
         dtype=lambda i: updates[i].aval.dtype,
         fresh=call.fresh,
@@ -264,6 +272,7 @@ def _by_masks(call: _Call) -> Leafwise:
         shared=[],
         advance=lambda _: ([], []),
         update=update,
+        move=lambda *x: update(*x)[1],
         late_update=lambda _: None,
         dtype=dtype,
         fresh=fresh,

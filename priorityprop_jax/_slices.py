@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 NOTHING, CAPTURED, SHARED = -3, -2, -1
@@ -86,13 +89,54 @@ def trace(
         return None
     of = dict.fromkeys(jaxpr.constvars, CAPTURED)
     of |= zip(jaxpr.invars, groups, strict=True)
+    equations, inverses = [], {}
     for eqn in jaxpr.eqns:
+        if _divides_by_number(eqn) and of[eqn.invars[1]] == SHARED:
+            number = eqn.invars[1]
+            if number not in inverses:
+                equations.append(_inverse(number))
+                inverses[number] = equations[-1].outvars[0]
+                of[inverses[number]] = SHARED
+            factors = [eqn.invars[0], inverses[number]]
+            times = _product()
+            eqn = eqn.replace(
+                primitive=times.primitive, params=times.params, invars=factors
+            )
         met = {of[v] for v in eqn.invars if isinstance(v, jex.Var)}
         several = len([g for g in met if g >= 0]) > 1
         of |= dict.fromkeys(eqn.outvars, MET if several else max(met, default=NOTHING))
+        equations.append(eqn)
+    jaxpr = jaxpr.replace(eqns=equations)
     made_by = {v: k for k, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     captured = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     return Program(jaxpr, captured, of, made_by)
+
+
+def _divides_by_number(eqn: Any) -> bool:
+    """Whether an array is divided by a scalar that is computed.
+
+    XLA multiplies by the inverse instead. Where that is done before, the inverses of
+    all leaves are one vector, and not one more program for each leaf to compile.
+    """
+    if eqn.primitive is not lax.div_p or not isinstance(eqn.invars[1], jex.Var):
+        return False
+    array, number = (v.aval for v in eqn.invars)
+    floating = jnp.issubdtype(number.dtype, jnp.floating)
+    return floating and array.ndim > 0 and number.ndim == 0
+
+
+def _inverse(number: Any) -> Any:
+    """An equation for ``1 / number``."""
+    (eqn,) = jax.make_jaxpr(lambda x: lax.div(np.ones((), x.dtype), x))(
+        jax.ShapeDtypeStruct((), number.aval.dtype)
+    ).eqns
+    return eqn.replace(invars=[eqn.invars[0], number])
+
+
+@functools.cache
+def _product() -> Any:
+    """An equation for a product, whose parameters differ between versions of jax."""
+    return jax.make_jaxpr(lambda x: lax.mul(x, x))(np.float32(1)).eqns[0]
 
 
 def _is_call(eqn: Any) -> bool:

@@ -146,8 +146,12 @@ def priority_prop(
 
 
 def _times(g: jax.Array, m: jax.Array) -> jax.Array:
-    """``m * g``, zero where m is, also if g is not finite; type and weakness of g."""
-    return jnp.where(m > 0, g * lax.convert_element_type(m, int), 0)
+    """``m * g``, zero where m is, also if g is not finite; type and weakness of g.
+
+    A negative zero, as adding one changes nothing: behind an optimizer XLA can see that
+    a resting parameter need not be written.
+    """
+    return jnp.where(m > 0, g * lax.convert_element_type(m, int), -0.0)
 
 
 def active(

@@ -20,7 +20,7 @@ from jax import lax
 
 
 Axes = tuple[int, ...]
-_TOGETHER = 64  # numbers unstacked by one reduction
+_TOGETHER = 16  # entries unstacked by one reduction
 
 
 class Layout(NamedTuple):
@@ -164,21 +164,27 @@ def split(where: Layout, units: jax.Array) -> list[jax.Array]:
 
 
 def unstack(x: jax.Array) -> list[jax.Array]:
-    """The entries of an array of numbers, in a way that compiles fast.
+    """``list(x)``, in a way that compiles fast.
 
     XLA:CPU fuses ``x[0]``, ``x[1]`` ... into what uses them, and then compiles as many
     kernels as there are leaves that differ in an index alone. One reduction with many
-    results gives numbers that all those kernels take as an argument.
+    results gives numbers that all those kernels take as an argument; and reductions
+    that are alike, over rows of the same length, are compiled once.
     """
-    out: list[jax.Array] = []
-    for start in range(0, len(x), _TOGETHER):
-        part = x[start : start + _TOGETHER]
-        n, none = len(part), jnp.zeros_like(part)
-        place = lax.broadcasted_iota(jnp.int32, part.shape, 0)
-        hot = [jnp.where(place == i, part, none) for i in range(n)]
-        zeros = [jnp.zeros((), x.dtype)] * n
-        out += lax.reduce(hot, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
-    return out
+    n = len(x)
+    if n <= _TOGETHER:
+        return _unstack_row(x)
+    padding = [(0, -n % _TOGETHER), *[(0, 0)] * (x.ndim - 1)]
+    rows = jnp.pad(x, padding).reshape(-1, _TOGETHER, *x.shape[1:])
+    return [entry for row in unstack(rows) for entry in _unstack_row(row)][:n]
+
+
+def _unstack_row(x: jax.Array) -> list[jax.Array]:
+    n, none = len(x), jnp.zeros_like(x)
+    place = np.arange(n).reshape(n, *[1] * (x.ndim - 1))
+    hot = [jnp.where(place == i, x, none) for i in range(n)]
+    zeros = [jnp.zeros((), x.dtype)] * n
+    return lax.reduce(hot, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
 
 
 def unstack_together(vectors: Sequence[jax.Array]) -> list[list[jax.Array]]:

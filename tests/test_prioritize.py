@@ -327,10 +327,10 @@ def test_a_clip_in_front_sees_all_leaves():
 
 
 def equations(jaxpr, inside=False):
-    """All equations, and whether a branch of a cond holds them."""
+    """All equations, and whether a branch or a loop holds them."""
     for eqn in jaxpr.eqns:
         yield eqn, inside
-        within = inside or eqn.primitive.name == "cond"
+        within = inside or eqn.primitive.name in ("cond", "scan", "while")
         for value in jax.tree.leaves(list(eqn.params.values())):
             sub = getattr(value, "jaxpr", value)
             if hasattr(sub, "eqns"):
@@ -363,12 +363,27 @@ def test_work_for_resting_leaves_is_skipped(inner, max_updates, outside):
         if not inside and any(v.aval.shape == (136, 130) for v in eqn.outvars)
     ]
     names = {eqn.primitive.name for eqn in large}
-    assert names - {"broadcast_in_dim", "cond", "jit", "pjit"} == outside
+    assert names - {"broadcast_in_dim", "cond", "jit", "pjit", "neg"} == outside
     # One for each leaf, which does nothing if false.
     branches = [e.params["branches"] for e in large if e.primitive.name == "cond"]
     assert len(branches) == 3
     assert all(not false.jaxpr.eqns for false, _ in branches)
     assert all(true.jaxpr.eqns for _, true in branches)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("inner", [optax.adamw(0.1), optax.sgd(0.1)])
+def test_what_rests_changes_no_bit_of_the_params(inner, many):
+    """Not even the sign of a zero, which XLA would otherwise have to compute."""
+    tx, due = prioritize(inner, **(MANY if many else ONE)), multiplicities(many)
+    params = jax.tree.map(lambda p: jnp.where(p > 0, p, -0.0), PARAMS)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for g, times in zip(GRADS, due, strict=True):
+        updates, state = update(g, state, params)
+        new = optax.apply_updates(params, updates)
+        for name, k in zip(params, times, strict=True):
+            same = np.array(new[name]).tobytes() == np.array(params[name]).tobytes()
+            assert same == (k == 0), (name, k)
 
 
 def test_the_compiled_program_still_branches():
@@ -379,21 +394,21 @@ def test_the_compiled_program_still_branches():
     assert text.count(" conditional(") >= 1 + 3
 
 
-@pytest.mark.parametrize(("max_updates", "branches"), [(4, 0), (8, 1)])
+@pytest.mark.parametrize(("max_updates", "branches"), [(4, 0), (8, 0), (12, 1)])
 def test_small_leaves_are_selected_together(max_updates, branches):
-    """One branch for all allocation, and one for all second updates in a row."""
+    """No branches for up to two updates in a row, one for all of the later ones."""
     params = leaves_of(20, (4, 5))
     tx = prioritize(optax.adamw(1e-3), 40, max_updates=max_updates, recalc_every=4)
     state = tx.init(params)
     closed = jax.make_jaxpr(tx.update)(params, state, params)
-    conds = [
+    branched = [
         eqn
         for eqn, inside in equations(closed.jaxpr)
-        if eqn.primitive.name == "cond"
+        if eqn.primitive.name in ("cond", "scan", "while")
         and not inside
         and any(v.aval.shape == (4, 5) for v in eqn.outvars)
     ]
-    assert len(conds) == branches
+    assert len(branched) == branches
 
 
 def test_without_params_and_with_extra_arguments():

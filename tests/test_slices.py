@@ -77,3 +77,27 @@ def test_equations_of_a_jitted_function_are_told_apart():
     for out, expected in zip(outs, function(inputs), strict=True):
         found = program.cut([out], known=NOTHING)(values)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_division_by_a_shared_number_is_a_product_with_its_inverse():
+    function, inputs, program = example(jnp.arange(1.0, 4.0))
+    divided = [e for e in program.jaxpr.eqns if e.primitive.name == "div"]
+    assert [e.outvars[0].aval.shape for e in divided] == [()]
+    out = program.jaxpr.outvars[0]
+    part = program.cut([out], known=SHARED)
+    assert divided[0].outvars[0] in part.inputs
+
+
+def test_divisions_by_other_numbers_stay():
+    def function(inputs):
+        a, scale, count = inputs
+        return [a / scale, a / count, a / 3.0, a / a, count / 3]
+
+    inputs = [jnp.arange(1.0, 4.0), jnp.float32(2), jnp.float32(3)]
+    program = trace(function, inputs, [0, 0, SHARED])
+    names = [e.primitive.name for e in program.jaxpr.eqns]
+    assert names.count("mul") == 1
+    values = dict(zip(program.jaxpr.invars, inputs, strict=True))
+    found = program.cut(program.jaxpr.outvars, known=NOTHING)(values)
+    for x, y in zip(found, function(inputs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
