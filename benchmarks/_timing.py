@@ -5,6 +5,7 @@ interleaved, and ratios are taken within a round before they are summarised.
 """
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -29,20 +30,27 @@ class Case(NamedTuple):
     """A function and the arguments to time it with (not donated).
 
     A function that is not jitted itself, because it passes donated state on from call
-    to call, names the jitted one inside, and arguments to compile that for.
+    to call, names the jitted one inside, and arguments to compile that for; `renew` is
+    called before each sample.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     jitted: Callable[..., Any] | None = None
     jitted_arguments: tuple[Any, ...] = ()
+    renew: Callable[[], Any] = lambda: None
 
 
 def cycle_of_steps(
     step: Callable[..., Any], params: Any, state: Any, *arguments: Any
 ) -> Case:
-    """Ten calls of ``step(params, state, ...)``, both donated and passed on."""
-    held = [(jax.tree.map(jnp.copy, params), state)]
+    """Ten calls of ``step(params, state, ...)``, both donated and passed on.
+
+    Each sample has params and state of its own: where in memory they happen to lie
+    makes a step faster or slower by a third.
+    """
+    start = params, state
+    held = [jax.tree.map(jnp.copy, start)]
     compiled = jax.jit(step, donate_argnums=(0, 1))
 
     def cycle(*arguments):
@@ -50,7 +58,14 @@ def cycle_of_steps(
             held[0] = compiled(*held[0], *arguments)
         return held[0]
 
-    return Case(cycle, arguments, compiled, (*held[0], *arguments))
+    def renew():
+        held[0] = jax.tree.map(jnp.copy, start)
+        held[0] = jax.block_until_ready(compiled(*held[0], *arguments))
+        for _ in range(9):  # so that a sample begins with a cycle
+            held[0] = compiled(*held[0], *arguments)
+        jax.block_until_ready(held[0])
+
+    return Case(cycle, arguments, compiled, (*start, *arguments), renew)
 
 
 class Quartiles(NamedTuple):
@@ -74,7 +89,7 @@ class Timing(NamedTuple):
 def compare(
     cases: Mapping[str, Case], rounds: int = 20, sample_seconds: float = 0.02
 ) -> list[Timing]:
-    """Times jitted functions against the first of them, in turns.
+    """Times functions made by `jax.jit` against the first of them, in turns.
 
     Args:
       cases: the functions by name; the first is what the others are compared to.
@@ -118,7 +133,7 @@ def _compile(case: Case) -> tuple[float, float | None]:
     function, arguments = case.function, case.arguments
     if case.jitted is not None:
         function, arguments = case.jitted, case.jitted_arguments
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     return seconds, cost.get("flops")
@@ -126,6 +141,7 @@ def _compile(case: Case) -> tuple[float, float | None]:
 
 def _sample(case: Case, calls: int) -> float:
     """Seconds per call."""
+    case.renew()
     start = time.perf_counter()
     for _ in range(calls):
         result = case.function(*case.arguments)
@@ -213,6 +229,17 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def keep_memory() -> bool:
+    """Tells glibc to keep freed memory for the next step; whether there is a glibc."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
+    settings = {mmap_threshold: 2**30, trim_threshold: 2**30, top_pad: 2**28}
+    return all([mallopt(*setting) for setting in settings.items()])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def cases(size: int) -> dict[str, Case]:
     """Scores over six orders of magnitude; half of the units are at a bound."""
     rng = np.random.default_rng(0)
     scores = jnp.asarray(rng.lognormal(sigma=2, size=size), jnp.float32)
-    arguments = (scores, 5 * size, 1, 20)
+    arguments = (scores, 5 * size)
     found = {"jnp.argsort": Case(jax.jit(jnp.argsort), (scores,))}
     for method in ("argsort", "bisect"):
         function = jax.jit(functools.partial(allocate, method=method))

@@ -43,6 +43,7 @@ _FEW = 2**16  # quotas below this number are found by a single division of float
 _ONE = 0x3F800000  # bits of 1.0
 _HUGE = 0x7F000000  # bits of 2.0**127
 _BEYOND = 320 << 23  # bits above those of all scores
+_PADDING = 2**32 - 1  # bits of no score, and no bound
 _END = 2**32 - 1
 _TIES = 2  # words of an offset that decide between ties; those of a remainder follow
 
@@ -51,14 +52,19 @@ class Units(NamedTuple):
     """All units as they lie, in one array or many."""
 
     bits: tuple[jax.Array, ...]  # scores; any shapes, dtype=uint32
-    index: tuple[jax.Array, ...]  # place in the unit order; padding from size on
+    rank: tuple[jax.Array, ...]  # in case of a tie, the first unit's is the largest
+    highest: jax.Array  # bits of the largest score
     size: int
     in_rows: bool  # one array, shape=(rows, units): all its sums share a sweep
     ordered: jax.Array | None  # the same scores, sorted
 
 
 class Rate(NamedTuple):
-    """Who is at which bound, and what the others share. Scalars, dtype=uint32."""
+    """Who is at which bound, and what the others share. Scalars, dtype=uint32.
+
+    They include what never changes. Anything outside that a loop reads XLA computes
+    with ahead, one kernel for each step, and simplifies all of a program again.
+    """
 
     phase: jax.Array  # of the search, see there
     bottom: jax.Array  # bits from which on units are above the minimum
@@ -71,6 +77,10 @@ class Rate(NamedTuple):
     below: jax.Array  # number of units below `bottom`
     above: jax.Array  # number of units from `top` on
     lift: jax.Array  # whether zeros share what the positive scores cannot take
+    budget: jax.Array
+    low: jax.Array  # the bounds of a quota
+    high: jax.Array
+    highest: jax.Array  # bits of the largest score of all
 
     @property
     def share(self) -> Words:
@@ -79,8 +89,8 @@ class Rate(NamedTuple):
 
     def scores(self, bits: jax.Array) -> jax.Array:
         """The scores to go by: where zeros share what is left, there are but two."""
-        lifted = jnp.where(bits > 0, u32(_HUGE), u32(_ONE))
-        return jnp.where(self.lift > 0, lifted, bits)
+        positive = jnp.maximum(bits, self.lift * u32(_HUGE))
+        return jnp.where(bits >= self.lift, positive, self.lift * u32(_ONE))
 
     def free(self, bits: jax.Array) -> jax.Array:
         """Which scores lie in between."""
@@ -174,11 +184,14 @@ def allocate_vector(
     bits = score_bits(scores)
     # The values of an argsort are all that is needed, and a fifth of its work.
     ordered = jnp.sort(bits) if method == "argsort" else None
+    highest = jnp.max(bits) if ordered is None else ordered[-1]
     width = n if n <= _SHORT else _ROW
     pad = -n % width
-    rows = (jnp.pad(bits, (0, pad)) if pad else bits).reshape(-1, width)
-    index = lax.iota(jnp.uint32, n + pad).reshape(-1, width)
-    units = Units((rows,), (index,), n, True, ordered)
+    if pad:
+        bits = jnp.pad(bits, (0, pad), constant_values=u32(_PADDING))
+    rank = ~lax.iota(jnp.uint32, n + pad)
+    bits, rank = bits.reshape(-1, width), rank.reshape(-1, width)
+    units = Units((bits,), (rank,), highest, n, True, ordered)
     (quotas,) = _solve(units, budget, min_updates, max_updates, few)
     return quotas.reshape(-1)[:n]
 
@@ -199,8 +212,10 @@ def allocate_leaves(
     if offsets[-1] == 0:
         return [jnp.zeros(s.shape, jnp.int32) for s in scores]
     bits = tuple(map(score_bits, scores))
-    index = tuple(map(positions, scores, offsets))
-    units = Units(bits, index, offsets[-1], False, None)
+    rank = tuple(~index for index in map(positions, scores, offsets))
+    peaks = [jnp.max(b, initial=0) for b in bits]
+    highest = functools.reduce(jnp.maximum, peaks)
+    units = Units(bits, rank, highest, offsets[-1], False, None)
     return _solve(units, budget, min_updates, max_updates, few)
 
 
@@ -236,15 +251,15 @@ def _solve(
     few: bool,
 ) -> list[jax.Array]:
     """Quotas of all units, in arrays like theirs."""
-    budget, low, high = (
+    given, low, high = (
         u32(jnp.maximum(jnp.asarray(x), 0)) for x in (budget, min_updates, max_updates)
     )
     # Divided where products of 64 bits would tell the same.
-    fair = budget // u32(units.size)
+    fair = given // u32(units.size)
     full = high <= fair
-    high = jnp.minimum(high, budget)  # no unit can get more
+    high = jnp.minimum(high, given)  # no unit can get more
     low = jnp.where(low > fair, u32(0), jnp.minimum(low, high))
-    rate = _search(units, budget, low, high)
+    rate = _search(units, _start(units, given, low, high))
     quotas = []
     for bits, share in zip(units.bits, _round(units, rate, few), strict=True):
         bits = rate.scores(bits)
@@ -264,41 +279,55 @@ class _Sorted(NamedTuple):
     down: jax.Array  # beyond the lower bound
 
 
-def _search(units: Units, budget: jax.Array, low: jax.Array, high: jax.Array) -> Rate:
+def _start(units: Units, budget: jax.Array, low: jax.Array, high: jax.Array) -> Rate:
+    nothing = Rate(*[u32(0)] * len(Rate._fields))
+    return nothing._replace(
+        bottom=u32(1),
+        top=u32(_BEYOND),
+        window=units.highest,
+        budget=budget,
+        low=low,
+        high=high,
+        highest=units.highest,
+    )
+
+
+def _search(units: Units, start: Rate) -> Rate:
     """The rate that spends the budget: ``rest / share``, for the units in between.
 
     In phase 0 positive scores are counted and summed, in phase 1 the scores in
     between are summed, and in phase 2 units that the rate takes beyond a bound are
     fixed there; the search ends when there are none.
     """
-    size, zero, highest = u32(units.size), u32(0), _highest(units)
+    size, zero = u32(units.size), u32(0)
 
     def step(vector):
         at = Rate(*vector)
+        low, high = at.low, at.high
         most, least = exact.scale(high, at.share), exact.scale(low, at.share)
 
         def sort_out(bits):
             bits = at.scores(bits)
             free, fixed = at.free(bits), at.fixed_point(bits)
             due = (*exact.scale(at.rest, fixed), zero)
-            up = free & ((at.phase < 2) | exact.less(most, due))
-            down = free & (at.phase == 2) & exact.less(due, least)
+            up = free & ((at.phase < u32(2)) | exact.less(most, due))
+            down = free & (at.phase == u32(2)) & exact.less(due, least)
             return _Sorted(bits, fixed, free, up, down)
 
         share, up, down, nearest = _tally(units, list(map(sort_out, units.bits)))
         top, window, bottom = nearest or _look_up(units, at, up, down)
         # Zeros share what is left where the positive scores cannot take it all.
-        spare, each = budget - size * low, jnp.maximum(high - low, 1)
+        spare, each = at.budget - size * low, jnp.maximum(high - low, u32(1))
         lift = (up <= spare // each) & (up * each != spare)
         zeros = jnp.where(lift, zero, size - up)
         counted = at._replace(
             phase=jnp.where(lift, u32(1), u32(2)),
-            rest=budget - zeros * low,
+            rest=at.budget - zeros * low,
             below=zeros,
             lift=u32(lift),
         )
-        counted = counted._replace(window=counted.scores(highest))
-        summed = _choose(at.phase == 0, counted, at._replace(phase=u32(2)))
+        counted = counted._replace(window=counted.scores(at.highest))
+        summed = _choose(at.phase == zero, counted, at._replace(phase=u32(2)))
         summed = summed._replace(share0=share[0], share1=share[1], share2=share[2])
         raised = at._replace(
             phase=u32(1),
@@ -309,7 +338,7 @@ def _search(units: Units, budget: jax.Array, low: jax.Array, high: jax.Array) ->
         )
         lowered = at._replace(
             phase=u32(1),
-            bottom=bottom + 1,
+            bottom=bottom + u32(1),
             rest=at.rest - low * down,
             below=at.below + down,
         )
@@ -317,12 +346,10 @@ def _search(units: Units, budget: jax.Array, low: jax.Array, high: jax.Array) ->
         due, allowed = exact.scale(at.rest, share), high * up + low * down
         less = exact.less(due, exact.scale(allowed, at.share))
         fixed = _choose(less, lowered, raised)
-        fixed = _choose(up + down == 0, at._replace(phase=u32(3)), fixed)
-        return _pack(_choose(at.phase < 2, summed, fixed))
+        fixed = _choose(up + down == zero, at._replace(phase=u32(3)), fixed)
+        return _pack(_choose(at.phase < u32(2), summed, fixed))
 
-    start = Rate(*[zero] * len(Rate._fields))
-    start = start._replace(bottom=u32(1), top=u32(_BEYOND), window=highest)
-    return Rate(*lax.while_loop(lambda vector: vector[0] < 3, step, _pack(start)))
+    return Rate(*lax.while_loop(lambda vector: vector[0] < u32(3), step, _pack(start)))
 
 
 def _choose(yes: jax.Array, a: Rate, b: Rate) -> Rate:
@@ -338,17 +365,12 @@ def _pack(numbers: Sequence[jax.Array]) -> jax.Array:
     return out
 
 
-def _highest(units: Units) -> jax.Array:
-    if units.ordered is not None:
-        return units.ordered[-1]
-    return functools.reduce(jnp.maximum, [jnp.max(b, initial=0) for b in units.bits])
-
-
 def _look_up(units: Units, at: Rate, up: jax.Array, down: jax.Array) -> list[jax.Array]:
     """What else `_tally` can tell: the scores next to those that are fixed."""
     assert units.ordered is not None
     top = u32(units.size) - at.above - up
-    places = top, top - 1, at.below + down - 1
+    one = u32(1)
+    places = top, top - one, at.below + down - one
     last = u32(units.size - 1)
     found = (units.ordered[jnp.minimum(i, last).astype(jnp.int32)] for i in places)
     return [at.scores(bits) for bits in found]
@@ -364,24 +386,22 @@ def _tally(
     """
 
     def terms(x):
-        low, high = (jnp.where(x.up | x.down, word, 0) for word in x.fixed)
-        limbs = low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16
-        return (*limbs, u32(x.up), u32(x.down))
+        low, high = (jnp.where(x.up | x.down, word, u32(0)) for word in x.fixed)
+        return (*exact.halves(low), *exact.halves(high), u32(x.up), u32(x.down))
 
     def nearest(x):
         if units.ordered is not None:
             return ()
         above = jnp.where(x.up, x.bits, u32(_BEYOND))
-        between = jnp.where(x.free & ~x.up, x.bits, 0)
-        return above, between, jnp.where(x.down, x.bits, 0)
+        between = jnp.where(x.free & ~x.up, x.bits, u32(0))
+        return above, between, jnp.where(x.down, x.bits, u32(0))
 
     blocks = [(terms(x), nearest(x)) for x in found]
     sums, near = _sweep(*blocks[0]) if units.in_rows else _sums(blocks)
     (a, b, c, d, up, down), (a1, b1, c1, d1, _, _) = sums
-    share = exact.add((a, a1, u32(0)), (b << 16, b >> 16 | b1 << 16, b1 >> 16))
-    share = exact.add(share, (u32(0), c, c1))
-    share = exact.add(share, (u32(0), d << 16, d >> 16 | d1 << 16))
-    return share, up, down, near
+    share = exact.add((a, a1, u32(0)), exact.shift((b, b1), 16))
+    above = exact.add((c, c1), exact.shift((d, d1), 16)[:2])
+    return exact.add(share, (u32(0), *above)), up, down, near
 
 
 _NEAREST = (jnp.minimum, _BEYOND), (jnp.maximum, 0), (jnp.maximum, 0)
@@ -398,8 +418,8 @@ def _sweep(terms: tuple, near: tuple) -> tuple[Words, list[jax.Array]]:
     found = lax.reduce((*terms, *near), tuple(map(u32, starts)), combine, (1,))
     sums, near = found[: len(terms)], found[len(terms) :]
     if sums[0].size == 1:
-        low = [x.reshape(()) for x in sums]
-        return (low, [u32(0)] * len(low)), [x.reshape(()) for x in near]
+        low = jnp.concatenate(sums)
+        return (low, jnp.zeros_like(low)), [x.reshape(()) for x in near]
     rows = jnp.stack(sums)
     totals = lax.reduce((rows, jnp.zeros_like(rows)), (u32(0), u32(0)), _add, (1,))
     return totals, [f.reduce(x) for x, (f, _) in zip(near, _NEAREST, strict=False)]
@@ -432,9 +452,9 @@ def _sum(x: jax.Array, width: int) -> Words:
     limb = 32 - (max(x.size, 1) - 1).bit_length()
     out: Words = u32(0), u32(0)
     for at in range(0, width, limb):
-        part = x if limb >= width else (x >> at) & u32((1 << limb) - 1)
+        part = x if limb >= width else (x >> u32(at)) & u32((1 << limb) - 1)
         total = jnp.sum(part, dtype=jnp.uint32)
-        out = exact.add(out, (total << at, total >> (32 - at) if at else u32(0)))
+        out = exact.add(out, exact.shift((total,), at))
     return out
 
 
@@ -445,47 +465,41 @@ def _round(units: Units, rate: Rate, few: bool) -> list[jax.Array]:
     it has two for ties: of scores too small for the window, and by order. So no two
     units are rounded up by the same offset, and nothing is left over.
     """
-    none = (rate.share0 | rate.share1 | rate.share2) == 0
+    none = (rate.share0 | rate.share1 | rate.share2) == u32(0)
     rate = rate._replace(share0=jnp.where(none, u32(1), rate.share0))
     words = _TIES + len(rate.share)
     nothing = u32(32 * words)  # the number of no bit
-    length = 32 * _TIES + exact.length(rate.share)
+    length = u32(32 * _TIES) + exact.length(rate.share)
+    constants = length, _inverse(rate.share), *rate
 
     def shares(at, inverse, offset):
-        def share(bits, index):
+        def share(bits, rank):
             bits = at.scores(bits)
-            cut = exact.exponent(at.window) > exact.exponent(bits) + 32
+            cut = exact.exponent(at.window) > exact.exponent(bits) + u32(32)
             due = exact.scale(at.rest, at.fixed_point(bits))
-            due = exact.add((~index, jnp.where(cut, bits, 0), *due), tuple(offset))
+            due = exact.add((rank, jnp.where(cut, bits, u32(0)), *due), tuple(offset))
             quotient = _quotient(due[_TIES:], at.share, inverse, few)
-            return jnp.where(at.free(bits), quotient, 0)
+            return jnp.where(at.free(bits), quotient, u32(0))
 
-        return [share(b, i) for b, i in zip(units.bits, units.index, strict=True)]
+        return [share(b, r) for b, r in zip(units.bits, units.rank, strict=True)]
 
-    # All is carried along in one vector, or XLA computes ahead whatever it sees not to
-    # change, with a kernel for each.
     def step(state):
         numbers, _ = state
-        bit, offset, at = (
-            numbers[0],
-            numbers[1 : 1 + words],
-            Rate(*numbers[2 + words :]),
-        )
-        inverse = lax.bitcast_convert_type(numbers[1 + words], jnp.float32)
-        place, mask = bit >> 5, u32(1) << (bit & 31)
-        trial = offset | jnp.where(np.arange(words, dtype=np.uint32) == place, mask, 0)
+        bit, offset = numbers[0], numbers[1 : 1 + words]
+        length, inverse, *at = numbers[1 + words :]
+        inverse = lax.bitcast_convert_type(inverse, jnp.float32)
+        at, zero, one = Rate(*at), u32(0), u32(1)
+        place, mask = bit >> u32(5), one << (bit & u32(31))
+        trial = offset | jnp.where(places[:words] == place, mask, zero)
         found = shares(at, inverse, trial)
         total = _total(units, found)
-        after = jnp.where(total == at.rest, u32(_END), jnp.minimum(bit, length) - 1)
-        places = np.arange(numbers.size, dtype=np.uint32)
-        fits = (places == place + 1) & (places <= words) & (total <= at.rest)
-        numbers = jnp.where(places == 0, after, numbers | jnp.where(fits, mask, 0))
-        return numbers, found
+        after = jnp.where(total == at.rest, u32(_END), jnp.minimum(bit, length) - one)
+        fits = (places == place + one) & (places <= words) & (total <= at.rest)
+        numbers = numbers | jnp.where(fits, mask, zero)
+        return jnp.where(places == 0, after, numbers), found
 
-    inverse = lax.bitcast_convert_type(
-        (1.0 - 2.0**-19) / exact.to_float(rate.share), jnp.uint32
-    )
-    numbers = _pack((nothing, *[u32(0)] * words, inverse, *rate))
+    places = np.arange(1 + words + len(constants), dtype=np.uint32)
+    numbers = _pack((nothing, *[u32(0)] * words, *constants))
     state = numbers, [jnp.zeros_like(b) for b in units.bits]
     return lax.while_loop(lambda state: state[0][0] <= nothing, step, state)[1]
 
@@ -505,6 +519,12 @@ def _total(units: Units, quotas: Sequence[jax.Array]) -> jax.Array:
 
 def _add_each(x: Words, y: Words) -> Words:
     return x[0] + y[0], x[1] + y[1]
+
+
+def _inverse(x: Words) -> jax.Array:
+    """A float just below the inverse, as bits."""
+    inverse = np.float32(1.0 - 2.0**-19) / exact.to_float(x)
+    return lax.bitcast_convert_type(inverse, jnp.uint32)
 
 
 def _quotient(x: Words, y: Words, inverse: jax.Array, few: bool) -> jax.Array:

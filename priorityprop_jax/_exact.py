@@ -7,17 +7,29 @@ pattern, which orders like the number as long as it is positive, and which may r
 past infinity: the exponent field just gets wider.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
 Words = tuple[jax.Array, ...]
 
 
-def u32(x: jax.typing.ArrayLike) -> jax.Array:
-    """`x` as uint32, whatever the default integer type is."""
-    return jnp.uint32(x) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
+def u32(x: jax.typing.ArrayLike) -> Any:
+    """`x` as uint32, whatever the default integer type is.
+
+    A Python int becomes a NumPy scalar, as `x + 1` is traced as an addition and a
+    conversion of the 1.
+    """
+    return np.uint32(x) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
+
+
+_HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)  # of a word
+_FIELD = np.uint32(23)  # where the exponent begins
+_NONE, _ONE, _WORD = np.uint32(0), np.uint32(1), np.uint32(32)
 
 
 def add(x: Words, y: Words) -> Words:
@@ -42,12 +54,28 @@ def sub(x: Words, y: Words) -> Words:
     return tuple(out)
 
 
+def halves(x: jax.Array) -> Words:
+    """The low and the high 16 bits of a word."""
+    return x & _LOW, x >> _HALF
+
+
+def shift(x: Words, bits: int) -> Words:
+    """``x * 2**bits``, for less than 32 bits; one word longer than `x`."""
+    if bits == 0:
+        return (*x, jnp.zeros_like(x[-1]))
+    up, down = np.uint32(bits), np.uint32(32 - bits)
+    carried = [word >> down for word in x]
+    lower = [a << up | b for a, b in zip(x[1:], carried[:-1], strict=True)]
+    return (x[0] << up, *lower, carried[-1])
+
+
 def mul32(a: jax.Array, b: jax.Array) -> Words:
     """The product of two words, in two words."""
-    a0, a1, b0, b1 = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
+    (a0, a1), (b0, b1) = halves(a), halves(b)
     mid, cross = a1 * b0, a0 * b1
-    carry = (a0 * b0 >> 16) + (mid & 0xFFFF) + (cross & 0xFFFF)
-    return a * b, a1 * b1 + (mid >> 16) + (cross >> 16) + (carry >> 16)
+    carry = (a0 * b0 >> _HALF) + (mid & _LOW) + (cross & _LOW)
+    high = (mid >> _HALF) + (cross >> _HALF) + (carry >> _HALF)
+    return a * b, a1 * b1 + high
 
 
 def scale(a: jax.Array, x: Words) -> Words:
@@ -65,9 +93,9 @@ def scale_short(a: jax.Array, x: Words) -> Words:
     """`scale` for a number below 2**16, modulo 2**(32 * words)."""
     out, carry = [], jnp.zeros_like(a)
     for word in x:
-        low, high = a * (word & 0xFFFF) + carry, a * (word >> 16)
-        out.append(low + (high << 16))
-        carry = (high >> 16) + u32(out[-1] < low)
+        low, high = a * (word & _LOW) + carry, a * (word >> _HALF)
+        out.append(low + (high << _HALF))
+        carry = (high >> _HALF) + u32(out[-1] < low)
     return tuple(out)
 
 
@@ -81,9 +109,9 @@ def less(x: Words, y: Words) -> jax.Array:
 
 def length(x: Words) -> jax.Array:
     """The number of binary digits, uint32."""
-    out = u32(0)
-    for i, word in enumerate(x):
-        out = jnp.where(word > 0, u32(32 * i + 32) - lax.clz(word), out)
+    out = _WORD - lax.clz(x[0])
+    for i, word in enumerate(x[1:], 2):
+        out = jnp.where(word > _NONE, u32(32 * i) - lax.clz(word), out)
     return out
 
 
@@ -97,13 +125,14 @@ def to_float(x: Words) -> jax.Array:
 
 def mantissa(bits: jax.Array) -> jax.Array:
     """The number is ``mantissa * 2**(exponent - 150)``, subnormal or not."""
-    fraction = bits & 0x7FFFFF
-    return jnp.where(bits >= 1 << 23, fraction | (1 << 23), fraction)
+    one = _ONE << _FIELD
+    fraction = bits & (one - _ONE)
+    return jnp.where(bits >= one, fraction | one, fraction)
 
 
 def exponent(bits: jax.Array) -> jax.Array:
     """See `mantissa`."""
-    return jnp.maximum(bits >> 23, 1)
+    return jnp.maximum(bits >> _FIELD, _ONE)
 
 
 def fixed_point(bits: jax.Array, window: jax.Array) -> Words:
@@ -113,8 +142,9 @@ def fixed_point(bits: jax.Array, window: jax.Array) -> Words:
     what lies below is rounded to odd, so that it stays visible in comparisons.
     """
     m, d = mantissa(bits), exponent(window) - exponent(bits)
-    past = jnp.minimum(jnp.maximum(d, 32) - 32, 31)
-    near = jnp.where(d == 0, u32(0), m << (32 - jnp.clip(d, 1, 32)))
-    lost = (m & ((u32(1) << past) - 1)) != 0
-    low = jnp.where(d <= 32, near, (m >> past) | u32(lost))
-    return low, jnp.where(d < 24, m >> jnp.minimum(d, 31), u32(0))
+    most = _WORD - _ONE
+    past = jnp.minimum(jnp.maximum(d, _WORD) - _WORD, most)
+    near = jnp.where(d == _NONE, _NONE, m << (_WORD - jnp.clip(d, _ONE, _WORD)))
+    lost = (m & ((_ONE << past) - _ONE)) != _NONE
+    low = jnp.where(d <= _WORD, near, (m >> past) | u32(lost))
+    return low, jnp.where(d <= _FIELD, m >> jnp.minimum(d, most), _NONE)

@@ -132,35 +132,34 @@ def magnitudes(
         )
         return jnp.where(jnp.isfinite(sizes), sizes, jnp.nan)
     linear = name in ("l1", "mean")
-
-    def totals(scale):
-        pairs = zip(leaves, away, strict=True)
-        return join([_sum(g, axes, scale, name) for g, axes in pairs])
-
-    def sizes_of(total, scale):
-        size = jnp.minimum((total if linear else jnp.sqrt(total)) / scale, _MOST)
-        return jnp.where(jnp.isfinite(total), size, jnp.nan)
-
-    # As they are, which fits most gradients; then once more in other units, if some
+    # In units that fit most gradients; then once more in others, if there are any that
     # were too small or too large. So 2**31 squares lose nothing, and do not overflow.
-    scales = (1.0, 1.0, 2.0**-32) if linear else (1.0, 2.0**89, 2.0**-80)
-    small = 0.0 if linear else 2.0**-37
+    scales = (1.0, 1.0, 2.0**-32) if linear else (2.0**4, 2.0**89, 2.0**-80)
+    small = 0.0 if linear else 2.0**-41
 
     def measure(state):
         turn, sizes = state
         scale = lax.select_n(turn, *map(jnp.float32, scales))
-        found = sizes_of(totals(scale), scale)
+        total = join(
+            [_sum(g, a, scale, name) for g, a in zip(leaves, away, strict=True)]
+        )
+        found = jnp.minimum((total if linear else jnp.sqrt(total)) / scale, _MOST)
+        found = jnp.where(jnp.isfinite(total), found, jnp.nan)
         again = jnp.where(turn == 1, sizes < small, jnp.isnan(sizes))
-        return following(turn, jnp.where(again, found, sizes))
-
-    def following(turn, sizes):
+        sizes = jnp.where(again, found, sizes)
         # Those that are too small come next, then those that are not finite.
         left = (jnp.isnan(sizes) & (turn < 2)).astype(jnp.int32)
         left = jnp.where((sizes < small) & (turn == 0), 2, left)
         return 3 - jnp.max(left, initial=0), sizes
 
-    start = following(jnp.int32(0), sizes_of(totals(None), 1.0))
-    return lax.while_loop(lambda s: s[0] < 3, measure, start)[1]
+    units = zip(leaves, kept, strict=True)
+    size = sum(math.prod(g.shape[a] for a in k) for g, k in units)
+    unknown = jnp.full((size,), jnp.nan, jnp.float32)
+    for g in leaves:
+        if _varies(g):  # then so must what the loop starts with
+            unknown = unknown + jnp.sum(_modulus(g.reshape(-1)[:1]))
+    turn = jnp.sum(unknown == 0, dtype=jnp.int32)
+    return lax.while_loop(lambda s: s[0] < 3, measure, (turn, unknown))[1]
 
 
 def element_magnitudes(g: jax.Array) -> jax.Array:
@@ -184,13 +183,10 @@ def _modulus(g: jax.Array) -> jax.Array:
     return size.astype(jnp.float32)
 
 
-def _sum(
-    g: jax.Array, axes: tuple[int, ...], scale: jax.Array | None, name: str
-) -> jax.Array:
+def _sum(g: jax.Array, axes: tuple[int, ...], scale: jax.Array, name: str) -> jax.Array:
     """What the magnitude `name` is made from, for each unit of a leaf."""
     plain = jnp.issubdtype(g.dtype, jnp.floating) and g.dtype != jnp.float64
-    size = g.astype(jnp.float32) if plain else _modulus(g)
-    size = size if scale is None else size * scale
+    size = (g.astype(jnp.float32) if plain else _modulus(g)) * scale
     size = jnp.abs(size) if name in ("l1", "mean") else jnp.square(size)
     total = jnp.sum(size, axis=axes)
     n = max(math.prod(g.shape[a] for a in axes), 1)

@@ -173,7 +173,7 @@ def unstack(x: jax.Array) -> list[jax.Array]:
     """
     n = len(x)
     if n <= _TOGETHER:
-        return _unstack_row(x)
+        return _unstack_row(x) if n else []
     padding = [(0, -n % _TOGETHER), *[(0, 0)] * (x.ndim - 1)]
     rows = jnp.pad(x, padding).reshape(-1, _TOGETHER, *x.shape[1:])
     return [entry for row in unstack(rows) for entry in _unstack_row(row)][:n]

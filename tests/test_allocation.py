@@ -348,6 +348,17 @@ def test_equal_scores_give_one_more_to_the_first(method, size):
     np.testing.assert_array_equal(quotas, np.where(np.arange(size) < extra, 8, 7))
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 5000])
+@each_method
+def test_rows_are_padded_with_nothing(method, size):
+    """Also where units with score zero get what the others cannot take."""
+    scores = np.zeros(size, np.float32)
+    scores[::7] = 3
+    for budget, low in [(10 * size + 3, 0), (19 * size + 3, 2), (2 * size + 1, 1)]:
+        problem = Problem(scores, budget, low, 20)
+        np.testing.assert_array_equal(problem.solve(method), exact_quotas(*problem))
+
+
 @pytest.mark.slow
 @each_method
 def test_ten_million_units(method):

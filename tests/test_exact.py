@@ -110,6 +110,22 @@ def test_number_of_digits(n, data):
     assert length(x).tolist() == [a.bit_length() for a in integers(x)]
 
 
+@pytest.mark.parametrize("bits", [0, 1, 16, 31])
+@hypothesis.given(x=wide(2))
+@property_test
+def test_shift(bits, x):
+    found = exact.shift(tuple(map(jnp.asarray, x)), bits)
+    assert integers(found) == [a << bits for a in integers(x)]
+
+
+@hypothesis.given(x=batch(words))
+@property_test
+def test_halves(x):
+    low, high = exact.halves(jnp.asarray(x))
+    assert (low < 2**16).all() and (high < 2**16).all()
+    np.testing.assert_array_equal(low + (high << 16), x)
+
+
 @hypothesis.given(x=batch(words), y=batch(words))
 @property_test
 def test_product_of_two_words(x, y):

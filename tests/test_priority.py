@@ -145,7 +145,6 @@ FACTORS = [1.0, 0.5, 3.0, 0.0, 2.0, 1.5]
         ),
         (dict(depths=tree([0] * 6)), [1.0] * 6),
     ],
-    ids=str,
 )
 def test_depth_factors(settings, factors, oracle_quotas):
     # The first step's scores suffice, and the second cycle's, where counts matter.

@@ -265,9 +265,9 @@ def test_nnx_state_has_the_depths_of_its_plain_arrays():
     assert layout(state, "leaf").keys == layout(plain, "leaf").keys
 
 
-def test_entries_of_several_vectors():
-    """Whatever the dtype, to the bit; more of them than one reduction takes."""
-    n = 70
+@pytest.mark.parametrize("n", [3, 16, 17, 70, 300])
+def test_entries_of_several_vectors(n):
+    """Whatever the dtype, to the bit; also more of them than one reduction takes."""
     spread = np.linspace(-1e30, 1e30, n).astype(np.float32)
     spread[:3] = [np.inf, -np.inf, np.nan]
     vectors = [
