@@ -217,7 +217,7 @@ def _late_twice(job: _Job, i: int, ready: jax.Array) -> tuple[_Progress, jax.Arr
         own = lax.cond(due > 0, both, _same, job.parts.own[i])
         before = _where(due > 1, before, none)
     total = before + _update(job, i)(g, own, job.final[i], _plus(p, before))
-    total = _where(due > 0, total.astype(none.dtype), none)
+    total = _where(due > 0, _as(total, none), none)
     return _Progress(total, own, []), ready
 
 
@@ -237,7 +237,13 @@ def _nothing(like: jax.Array, dtype: Any = None) -> jax.Array:
     Negative zeros, which change no number they are added to, not even -0.0. That is
     not true of zeros, so that a sum with them would have to be computed.
     """
-    return lax.neg(jnp.zeros_like(like, dtype=dtype))
+    dtype = None if dtype == like.dtype else dtype  # None keeps weak types weak
+    return lax.neg(lax.full_like(like, 0, dtype))
+
+
+def _as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """In the dtype of another; if that is its own, as weak as it was."""
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
 def _plus(p: Any, update: jax.Array) -> Any:
@@ -311,7 +317,7 @@ def _next(job: _Job, i: int, at: _Progress) -> _Progress:
         shared, factors = job.parts.advance(shared)
     p = _plus(job.params[i], at.total)
     update, own = job.parts.update(i, job.grads[i], at.own, factors, p)
-    return _Progress((at.total + update).astype(at.total.dtype), own, shared)
+    return _Progress(_as(at.total + update, at.total), own, shared)
 
 
 def _select(on: Any, new: _Progress, old: _Progress) -> _Progress:
