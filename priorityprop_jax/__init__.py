@@ -2,13 +2,18 @@
 
 from importlib.metadata import version as _version
 
+from . import propagation as propagation
 from ._allocation import allocate as allocate
+from ._costs import backward_costs as backward_costs, BackwardCosts as BackwardCosts
 from ._depth import infer_depths as infer_depths
+from ._gradients import grad as grad, value_and_grad as value_and_grad
+from ._masks import static_mask as static_mask, StaticMask as StaticMask
 from ._prioritize import prioritize as prioritize, PrioritizeState as PrioritizeState
 from ._priority import (
     DepthFactor as DepthFactor,
     PriorityPropState as PriorityPropState,
 )
+from ._savings import Savings as Savings
 from ._schedule import schedule as schedule
 from ._scores import Score as Score, ScoreInputs as ScoreInputs
 from ._transform import active as active, priority_prop as priority_prop

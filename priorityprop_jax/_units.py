@@ -118,6 +118,12 @@ def match_tree(argument: str, tree: Any, params: optax.Params) -> list[Any]:
     ]
 
 
+def match_prefix(argument: str, prefix: Any, params: Any) -> list[Any]:
+    """For each leaf of `params` the entry above it of a tree that may be a prefix."""
+    keys, _, absent = _flatten(params)
+    return _broadcast(argument, prefix, keys, absent, None)
+
+
 def _difference(a: Any, b: Any, keys: Any, found: Any) -> str:
     if a is not None and a not in found:
         return f"has no entry for params{_print(a)}"

@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
+from ._costs import BackwardCosts
+from ._prioritize import PrioritizeState
 from ._priority import by_leaf, find_state
+from ._savings import leaf_maxima, Savings, savings_of
 from ._units import layout, natural_key
 
 
@@ -42,6 +45,7 @@ class PriorityReport:
       recalc_every: steps in a cycle.
       budget: updates handed out in this cycle, or to be handed out if it could.
       unspent: the part of `budget` that the bounds left unspent.
+      savings: what training cost next to full training; None without `costs`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -57,6 +61,7 @@ class PriorityReport:
     recalc_every: int
     budget: int
     unspent: int
+    savings: Savings | None = None
 
     @property
     def units(self) -> int:
@@ -79,6 +84,9 @@ class PriorityReport:
         out["leaves"] = [
             {**leaf, "shape": list(leaf["shape"])} for leaf in out["leaves"]
         ]
+        if self.savings is not None:
+            notes, speedup = list(self.savings.notes), self.savings.speedup
+            out["savings"] = {**out["savings"], "notes": notes, "speedup": speedup}
         totals = {name: getattr(self, name) for name in ("units", "updates")}
         return {**out, **totals, "nonfinite": self.nonfinite}
 
@@ -141,11 +149,19 @@ class PriorityReport:
             f"this cycle of {self.recalc_every} steps: budget {self.budget:,}, "
             f"{self.unspent:,} unspent; non-finite gradients seen: {self.nonfinite:,}",
         ]
+        if self.savings is not None:
+            lines.append(str(self.savings))
         return "\n".join(lines)
 
 
 def priority_report(
-    opt_state: optax.OptState, params: optax.Params, index: int | None = None
+    opt_state: optax.OptState,
+    params: optax.Params,
+    index: int | None = None,
+    *,
+    costs: BackwardCosts | None = None,
+    account: Mapping[Any, int] | None = None,
+    cached: float = 0.0,
 ) -> PriorityReport:
     """Look up who got which share of the budget. Fetches the state to the host.
 
@@ -154,6 +170,18 @@ def priority_report(
         `prioritize` in it.
       params: the pytree that `init` was given; paths and shapes are used.
       index: which `PriorityPropState`, where there are several.
+      costs: of the params, from `backward_costs`. Then the report has `savings`: the
+        cost of training all leaves at every step, next to that of computing what was
+        due. It is what was really saved if gradients came from a training step or a
+        `value_and_grad` that leaves out the rest.
+      account: in how many steps which mask was active: ``{mask: steps}``, with masks
+        from `static_mask` or tuples with a bool for each leaf, such as the attributes
+        ``account`` (what was due) and ``computed`` of a training step. Without it, the
+        state knows this cycle, and of the past how often each unit was updated: the
+        totals then are an estimate, that the sets of active leaves were nested
+        throughout.
+      cached: cost of the forward passes that cached activations made superfluous so
+        far, in the unit of `costs`.
 
     Returns:
       A `PriorityReport`: prints as a table, and has `to_dict`, `to_markdown` and
@@ -161,7 +189,9 @@ def priority_report(
 
     Raises:
       ValueError: `opt_state` holds no `PriorityPropState`, or several and no `index`
-        was given, or one for another number of leaves.
+        was given, or one for another number of leaves; `costs` or `account` are for
+        other params, or `cached` is more than all forward passes.
+      TypeError: the keys of `account` are no masks, or its values no integers.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -175,6 +205,15 @@ def priority_report(
       Dense_1/w  2          0   1.41      1      2  50.0%
       2 updates of 2 units in 1 steps (100.0% of updating all of them)
       this cycle of 10 steps: budget 10, 0 unspent; non-finite gradients seen: 0
+
+      What this would save in a step that computes only what is due:
+
+      >>> from priorityprop_jax import backward_costs
+      >>> loss = lambda p, x: jnp.sum(x @ p["Dense_0"]["w"] @ p["Dense_1"]["w"])
+      >>> costs = backward_costs(loss, params, jnp.ones((8, 4)))
+      >>> savings = priority_report(state, params, costs=costs).savings
+      >>> print(f"this cycle costs {savings.cycle:.0%} of full training")
+      this cycle costs 84% of full training
     """
     state = jax.device_get(find_state(opt_state, params, index))
     where = layout(params, "leaf")
@@ -197,6 +236,20 @@ def priority_report(
         )
         for i, key in enumerate(where.keys)
     ]
+    savings = None
+    if costs is not None:
+        savings = savings_of(
+            costs,
+            leaf_maxima(by_leaf(state, state.counts)),
+            leaf_maxima(by_leaf(state, state.quotas)),
+            np.ravel(state.rank),
+            int(state.step),
+            optimizer_rests=_rests(opt_state),
+            account=account,
+            cached=cached,
+        )
+    elif account is not None or cached:
+        raise ValueError("account and cached need costs=backward_costs(...)")
     order = sorted(range(len(leaves)), key=lambda i: (-scores[i], i))
     return PriorityReport(
         leaves=tuple(leaves[i] for i in order),
@@ -204,7 +257,14 @@ def priority_report(
         recalc_every=state.rank.size,
         budget=int(state.budget),
         unspent=max(int(state.budget) - sum(quotas), 0),
+        savings=savings,
     )
+
+
+def _rests(opt_state: optax.OptState) -> bool:
+    """Whether resting leaves cost the optimizer nothing."""
+    is_ours = lambda x: isinstance(x, PrioritizeState)
+    return any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours)))
 
 
 _HEAD = ["leaf", "shape", "depth", "score", "count", "quota", "share"]
