@@ -19,6 +19,11 @@ from ._scores import Score as Score, ScoreInputs as ScoreInputs
 from ._transform import active as active, priority_prop as priority_prop
 from ._units import unit_axes as unit_axes
 from .report import priority_report as priority_report, PriorityReport as PriorityReport
+from .training import (
+    CachedPrefix as CachedPrefix,
+    make_train_step as make_train_step,
+    TrainStep as TrainStep,
+)
 
 
 __version__ = _version("priorityprop_jax")

@@ -1,0 +1,13 @@
+"""The loop around the transformations: a step, and a cache for what rests long."""
+
+from ._cache import (
+    CachedPrefix as CachedPrefix,
+    CacheStats as CacheStats,
+    Features as Features,
+)
+from ._step import (
+    make_train_step as make_train_step,
+    Metrics as Metrics,
+    TrainStep as TrainStep,
+    Variant as Variant,
+)

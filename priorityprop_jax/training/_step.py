@@ -1,0 +1,625 @@
+"""`make_train_step`: loss, gradients of what is due, and update, as one function.
+
+Two ways to leave out the work of what rests. **Static**: a compiled program for each
+mask; the host reads the quotas once per cycle, and since these determine all masks of
+the cycle, it knows which program comes next without asking the device again.
+**Dynamic**: one program for all masks, which decides on the device.
+"""
+
+import collections
+import functools
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from .._checks import check_count, check_name
+from .._depth import infer_depths
+from .._gradients import value_and_grad
+from .._masks import StaticMask
+from .._prioritize import PrioritizeState
+from .._priority import find_state, PriorityPropState
+from .._transform import active
+
+
+MODES = ("auto", "static", "dynamic")
+# States of which it is known that a call of `update` is one for what they hold, too.
+# Others (`optax.MultiSteps`, `optax.apply_if_finite`) may hold it back.
+_IN_STEP = (
+    PrioritizeState,
+    optax.MaskedState,
+    optax.transforms.PartitionState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+_CONTAINERS = (tuple, list, dict, collections.OrderedDict)
+# A program makes room for another when no run has needed it for as many cycles.
+_PATIENCE = 50
+# So many runs can take turns without the step being read from the device again.
+_RUNS = 16
+_LAST = 2**31 - 1  # where the counter of steps stops
+
+_log = logging.getLogger("priorityprop_jax")
+
+
+class Metrics(NamedTuple):
+    """What a training step reports.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from priorityprop_jax import make_train_step, prioritize
+      >>> tx = prioritize(optax.sgd(0.1), budget=0.5)
+      >>> params = {"w": jnp.ones(3)}
+      >>> step = make_train_step(lambda p, x: jnp.sum(p["w"] * x), tx)
+      >>> params, state, metrics = step(params, tx.init(params), 2.0)
+      >>> print(metrics.loss, metrics.aux)
+      6.0 None
+    """
+
+    loss: jax.Array  # before the update; shape=()
+    aux: Any  # what `loss_fn` returned next to it; None without has_aux
+
+
+class Variant(NamedTuple):
+    """One of the compiled programs of a `TrainStep`."""
+
+    mask: StaticMask  # the leaves whose gradients are computed
+    kind: str  # "first" of a cycle, "exact", or "prefix": more leaves than are due
+
+
+class _Recipe(NamedTuple):
+    """What all programs of a training step share."""
+
+    loss_fn: Callable[..., Any]
+    tx: optax.GradientTransformation
+    has_aux: bool
+    index: int | None
+
+
+class _Place(NamedTuple):
+    """Where the schedule is: positions among the leaves of the optimizer state."""
+
+    step: int
+    rank: int
+    quotas: tuple[int, ...]
+    alone: bool  # whether it is the only one
+    holder: str | None  # the type of a state that may hold it back
+
+
+class _Cycle(NamedTuple):
+    """What the host knows of a run, before a call."""
+
+    step: int  # number of the call
+    summary: jax.Array | None  # of the state, on its way from the device
+    # By step of the cycle: the leaves due, and the program; empty if not known.
+    plan: dict[int, tuple[StaticMask, Variant]]
+
+
+# The programs: pure functions of params and state.
+
+
+def _gradients(
+    recipe: _Recipe, mask: Any, params: Any, batch: tuple, kwargs: dict
+) -> tuple[Metrics, Any]:
+    of = value_and_grad(recipe.loss_fn, has_aux=recipe.has_aux)
+    value, gradients = of(params, *batch, active=mask, **kwargs)
+    if isinstance(mask, StaticMask):
+        # Constants get merged into loops that read old and write new state of a leaf
+        # in an order for which XLA then copies the old.
+        hide = lambda on, g: g if on else lax.optimization_barrier(g)
+        gradients = jax.tree.map(hide, mask.tree, gradients)
+    loss, aux = value if recipe.has_aux else (value, None)
+    return Metrics(loss, aux), gradients
+
+
+def _dynamic(recipe: _Recipe, params, opt_state, *batch, **kwargs):
+    """Any step."""
+    due = active(opt_state, params, recipe.index)
+    metrics, gradients = _gradients(recipe, due, params, batch, kwargs)
+    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def _first(recipe: _Recipe, params, opt_state, *batch, **kwargs):
+    """The first step of a cycle; returns a summary of the new state, too."""
+    metrics, gradients = _gradients(recipe, None, params, batch, kwargs)
+    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, metrics, _summarize(opt_state, params, recipe.index)
+
+
+def _later(recipe: _Recipe, variant: Variant, params, opt_state, *batch, **kwargs):
+    """Any other step of a cycle, in which no leaf outside of the mask is due."""
+    metrics, gradients = _gradients(recipe, variant.mask, params, batch, kwargs)
+    if variant.kind == "prefix":
+        # What stands in front of the schedule in a chain must not see more gradients
+        # than with an exact mask.
+        due = active(opt_state, params, recipe.index)
+        zero_unless = lambda on, g: jnp.where(on, g, jnp.zeros_like(g))
+        gradients = jax.tree.map(zero_unless, due, gradients)
+    place = _find_place(opt_state, params, recipe.index)
+    shown = _mid_cycle(place, opt_state)
+    updates, new_state = recipe.tx.update(gradients, shown, params)
+    new_params = optax.apply_updates(params, updates)
+    new_state = _restore(place, new_state, opt_state)
+    if variant.kind == "exact" and place.alone:
+        return *_unmoved(
+            variant.mask, new_params, new_state, params, opt_state
+        ), metrics
+    return new_params, new_state, metrics
+
+
+def _mid_cycle(place: _Place, opt_state: Any) -> Any:
+    """The state with a step that XLA can see is not the first of a cycle.
+
+    So that it drops the program for new quotas, of which there would be one in each
+    variant. Each step gets the rank of the present one, hence the same units are due.
+    """
+    if place.holder is not None:
+        return opt_state
+    leaves, treedef = jax.tree.flatten(opt_state)
+    step, rank = leaves[place.step], leaves[place.rank]
+    leaves[place.step] = jnp.int32(1)
+    leaves[place.rank] = jnp.broadcast_to(rank[step % rank.size], rank.shape)
+    return treedef.unflatten(leaves)
+
+
+def _restore(place: _Place, new_state: Any, opt_state: Any) -> Any:
+    """Undoes `_mid_cycle` after the update."""
+    if place.holder is not None:
+        return new_state
+    old, treedef = jax.tree.flatten(opt_state)
+    leaves = jax.tree.leaves(new_state)
+    leaves[place.step] = optax.safe_increment(old[place.step])
+    leaves[place.rank] = old[place.rank]
+    return treedef.unflatten(leaves)
+
+
+def _unmoved(
+    mask: StaticMask, new_params: Any, new_state: Any, params: Any, opt_state: Any
+) -> tuple[Any, Any]:
+    """The same values, in a way that XLA can see that those at rest have not moved.
+
+    A leaf at rest under `prioritize` keeps its value (where nothing comes after in a
+    chain) and its part of the inner state.
+    """
+    choose = lambda on, new, old: new if on else old
+    is_ours = lambda x: isinstance(x, PrioritizeState)
+    last = opt_state
+    while type(last) is tuple and last:
+        last = last[-1]
+    if is_ours(last):
+        new_params = jax.tree.map(choose, mask.tree, new_params, params)
+    shapes = jax.tree.map(jnp.shape, params)
+
+    def like_params(x):
+        same = jax.tree.structure(x) == mask.treedef
+        return same and jax.tree.map(jnp.shape, x) == shapes
+
+    def merge(new, old):
+        whole = like_params(new) and mask.treedef != jax.tree.structure(0)
+        return jax.tree.map(choose, mask.tree, new, old) if whole else new
+
+    def inner(new, old):
+        if not is_ours(new):
+            return new
+        kept = jax.tree.map(merge, new.inner, old.inner, is_leaf=like_params)
+        return new._replace(inner=kept)
+
+    return new_params, jax.tree.map(inner, new_state, opt_state, is_leaf=is_ours)
+
+
+def _summarize(opt_state: Any, params: Any, index: int | None) -> jax.Array:
+    """The step, the rank of each step of a cycle, and the largest quota of each leaf.
+
+    A unit is due at step r of the cycle iff its quota is larger than ``rank[r]``.
+    """
+    state = find_state(opt_state, params, index)
+    n, quotas = state.sizes.size, jax.tree.leaves(state.quotas)
+    if len(quotas) == n:
+        most = [jnp.max(q, initial=0).astype(jnp.int32) for q in quotas]
+        most = jnp.stack(most) if most else jnp.zeros((0,), jnp.int32)
+    else:
+        units = quotas[0].size
+        owner = jnp.repeat(jnp.arange(n), state.sizes, total_repeat_length=units)
+        most = jax.ops.segment_max(quotas[0].astype(jnp.int32), owner, n)
+    return jnp.concatenate([state.step[None], state.rank, most])
+
+
+# What the host knows.
+
+
+def _read(x: Any) -> np.ndarray:
+    """Waits for a small array. The only place where this module does."""
+    return np.asarray(jax.device_get(x))
+
+
+def _any_traced(tree: Any) -> bool:
+    kinds = set(map(type, jax.tree.leaves(tree)))  # few, unlike leaves
+    return any(issubclass(kind, jax.core.Tracer) for kind in kinds)
+
+
+def _ours(tree: Any) -> list[PriorityPropState]:
+    is_ours = lambda x: isinstance(x, PriorityPropState)
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_ours) if is_ours(x)]
+
+
+def _find_place(opt_state: Any, params: Any, index: int | None) -> _Place:
+    leaves, treedef = jax.tree.flatten(opt_state)
+    for state in _ours(opt_state):
+        if shape := np.shape(jax.tree.leaves(state.step)[0]):
+            raise ValueError(
+                f"the step in opt_state must be a scalar, got shape {shape}: for a "
+                f"stack of states make a step with mode='dynamic' and map that"
+            )
+    find_state(opt_state, params, index)  # raises if there is none to speak of
+    found = _ours(treedef.unflatten(range(len(leaves))))
+    place = found[index or 0]
+    (step,), (rank,) = jax.tree.leaves(place.step), jax.tree.leaves(place.rank)
+    quotas = tuple(jax.tree.leaves(place.quotas))
+    target, holder, node = _ours(opt_state)[index or 0], None, opt_state
+    while node is not target:
+        if type(node) not in _CONTAINERS and not isinstance(node, _IN_STEP):
+            holder = type(node).__name__
+        below = jax.tree.leaves(node, is_leaf=lambda x, node=node: x is not node)
+        node = next(x for x in below if any(y is target for y in _ours(x)))
+    return _Place(step, rank, quotas, len(found) == 1, holder)
+
+
+def _masks(summary: np.ndarray, length: int, treedef: Any) -> list[StaticMask]:
+    """Which leaves are due at each step of a cycle."""
+    rank, most = summary[1 : 1 + length], summary[1 + length :]
+    due = [most > rank[r] if r else np.ones_like(most, bool) for r in range(length)]
+    return [StaticMask(tuple(map(bool, on)), treedef) for on in due]
+
+
+def _prefix(mask: StaticMask, depths: Sequence[int], levels: int) -> StaticMask:
+    """The mask and all leaves nearer to the loss, rounded up to one of a few levels."""
+    known = sorted(set(depths))
+    count = min(levels, len(known))
+    ends = [known[-(-len(known) * (i + 1) // count) - 1] for i in range(count)]
+    lowest = max(
+        (d for d, on in zip(depths, mask.leaves, strict=True) if on), default=-1
+    )
+    level = next(end for end in ends if end >= lowest)
+    return StaticMask(tuple(d <= level for d in depths), mask.treedef)
+
+
+class TrainStep:
+    """The function that `make_train_step` returns.
+
+    Attributes:
+      mode: ``"static"``, ``"dynamic"``, or ``"auto"`` as long as that is not decided.
+      reason: why.
+      variants: the compiled programs of the static mode: `Variant` -> jitted function;
+        ``step.variants[v].lower(params, opt_state, *batch).compile()`` has its costs.
+      account: mask -> in how many steps those leaves were due. Of steps in static mode
+        only; ``account.clear()`` starts anew.
+      computed: mask -> in how many steps the gradients of those leaves were computed:
+        the same but for prefixes.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from priorityprop_jax import make_train_step, priority_prop
+      >>> tx = optax.chain(priority_prop(budget=0.5), optax.sgd(0.1))
+      >>> make_train_step(lambda p, x: jnp.sum(p * x), tx, mode="static")
+      TrainStep(mode='static', reason='as asked for', variants=0)
+    """
+
+    def __init__(
+        self,
+        recipe: _Recipe,
+        mode: str,
+        donate: bool,
+        max_variants: int,
+        compile_ahead: bool,
+    ):
+        self.mode, self.reason = mode, "" if mode == "auto" else "as asked for"
+        self.variants: dict[Variant, Any] = {}
+        self.account: collections.Counter[StaticMask] = collections.Counter()
+        self.computed: collections.Counter[StaticMask] = collections.Counter()
+        self._recipe, self._asked, self._donate = recipe, mode, donate
+        self._levels = max(1, max_variants // 4)
+        self._room = max_variants - 1 - self._levels  # for exact masks
+        self._compile_ahead = compile_ahead
+        self._dynamic = self._jit(functools.partial(_dynamic, recipe))
+        summarize = functools.partial(_summarize, index=recipe.index)
+        self._summarize = jax.jit(summarize)
+        self._places: dict[Any, _Place] = {}
+        self._depths: dict[Any, list[int]] = {}
+        self._ahead: dict[Variant, Future] = {}
+        self._calls = 0
+        self._used: dict[Variant, int] = {}  # the call that last planned to
+        # By the id of the step in the state that was returned.
+        self._known: collections.OrderedDict[int, tuple[list, _Cycle]]
+        self._known = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainStep(mode={self.mode!r}, reason={self.reason!r}, "
+            f"variants={len(self.variants)})"
+        )
+
+    def __call__(
+        self,
+        params: optax.Params,
+        opt_state: optax.OptState,
+        *batch: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Metrics]:
+        """One step: the new params, the new state, and `Metrics`."""
+        call = params, opt_state, *batch
+        if _any_traced((call, kwargs)):
+            if self._asked == "static":
+                raise TypeError(
+                    "a training step with mode='static' reads the quotas between the "
+                    "steps, so it cannot be called inside of jit, scan, vmap, pmap or "
+                    "shard_map: make one with mode='dynamic' (or 'auto')"
+                )
+            return _dynamic(self._recipe, *call, **kwargs)
+        if self.mode == "dynamic":
+            return self._dynamic(*call, **kwargs)
+        leaves, treedef = jax.tree.flatten(opt_state)
+        place = self._places.get(treedef)
+        if place is None:
+            place = _find_place(opt_state, params, self._recipe.index)
+            self._places[treedef] = place
+            self._decide_early(place, np.size(leaves[place.rank]))
+            if self.mode == "dynamic":
+                return self._dynamic(*call, **kwargs)
+        length = np.size(leaves[place.rank])
+        cycle = self._recall(place, leaves)
+        r = cycle.step % length
+        self._calls += 1
+        if r and not cycle.plan:
+            cycle = self._plan(cycle, length, call, kwargs)
+            if self.mode == "dynamic":
+                return self._dynamic(*call, **kwargs)
+        if r:
+            due, variant = cycle.plan[r]
+        else:
+            everything = jax.tree.structure(params)
+            due = StaticMask((True,) * everything.num_leaves, everything)
+            variant = Variant(due, "first")
+        program = self._program(variant)
+        if variant in self._ahead:
+            self._ahead.pop(variant).result()
+        params, opt_state, metrics, *summary = program(*call, **kwargs)
+        self.account[due] += 1
+        self.computed[variant.mask] += 1
+        cycle = cycle._replace(step=min(cycle.step + 1, _LAST))
+        if summary:
+            cycle = cycle._replace(summary=summary[0], plan={})
+            if length > 1:
+                summary[0].copy_to_host_async()
+        self._remember(place, opt_state, cycle)
+        return params, opt_state, metrics
+
+    def _jit(self, program: Callable[..., Any]) -> Any:
+        return jax.jit(program, donate_argnums=(0, 1) if self._donate else ())
+
+    def _program(self, variant: Variant) -> Any:
+        if variant not in self.variants:
+            if variant.kind == "first":
+                program = functools.partial(_first, self._recipe)
+            else:
+                program = functools.partial(_later, self._recipe, variant)
+            self.variants[variant] = self._jit(program)
+        return self.variants[variant]
+
+    def _settle(self, mode: str, reason: str) -> None:
+        self.mode, self.reason = mode, reason
+        _log.info("training step: mode %r, as %s", mode, reason)
+
+    def _decide_early(self, place: _Place, length: int) -> None:
+        """What can be known before the first step."""
+        held = f"the schedule is inside of a {place.holder}, which may hold it back"
+        if self.mode == "auto" and jax.process_count() > 1:
+            self._settle("dynamic", "there are several processes")
+        elif self.mode == "auto" and place.holder is not None:
+            self._settle("dynamic", held)
+        elif self.mode == "auto" and length == 1:
+            self._settle("static", "every step is the first of a cycle")
+        elif place.holder is not None:
+            self._settle(
+                "static", f"asked for; reads the state at every step, as {held}"
+            )
+
+    def _recall(self, place: _Place, leaves: list) -> _Cycle:
+        """What is known of the run that this state belongs to; else reads its step."""
+        known = self._known.get(id(leaves[place.step]))
+        watched = (leaves[i] for i in (place.step, place.rank, *place.quotas))
+        if known and all(ref() is x for ref, x in zip(known[0], watched, strict=True)):
+            if self._donate:  # this state can be given to us only once
+                del self._known[id(leaves[place.step])]
+            return known[1]
+        return _Cycle(int(_read(leaves[place.step])), None, {})
+
+    def _remember(self, place: _Place, opt_state: Any, cycle: _Cycle) -> None:
+        if place.holder is not None:
+            return
+        leaves = jax.tree.leaves(opt_state)
+        watched = [leaves[i] for i in (place.step, place.rank, *place.quotas)]
+        self._known[id(watched[0])] = list(map(weakref.ref, watched)), cycle
+        if len(self._known) > _RUNS:
+            self._known.popitem(last=False)
+
+    def _plan(self, cycle: _Cycle, length: int, call: tuple, kwargs: dict) -> _Cycle:
+        """Reads the quotas, and chooses a program for each step left in the cycle."""
+        params, opt_state, *batch = call
+        summary = cycle.summary
+        if summary is None:
+            summary = self._summarize(opt_state, params)
+        summary = _read(summary)
+        if summary[0] != cycle.step:
+            raise RuntimeError(
+                f"opt_state is at step {summary[0]} where {cycle.step} was expected: "
+                f"something in tx holds priority_prop back, so use mode='dynamic'"
+            )
+        masks = _masks(summary, length, jax.tree.structure(params))
+        if self.mode == "auto":
+            self._decide(len(set(masks[1:])))
+        now, new, plan = cycle.step % length, [], {}
+        for r in range(now, length) if self.mode == "static" else ():
+            variant = Variant(masks[r], "exact")
+            if not self._has_room(variant, length):
+                if self._asked == "auto":
+                    bound = f"the masks outgrew the {self._room} programs for them"
+                    self._settle("dynamic", bound)
+                    break
+                depths = self._find_depths(params, batch, kwargs)
+                variant = Variant(_prefix(masks[r], depths, self._levels), "prefix")
+            if variant not in self.variants:
+                self._program(variant)
+                new.append(variant)
+            self._used[variant] = self._calls
+            plan[r] = masks[r], variant
+        # Several processes would have to compile the same programs at the same time.
+        ahead = self._compile_ahead and jax.process_count() == 1
+        if self.mode == "static" and ahead and len(new) > 1:
+            self._compile(new, call, kwargs)
+        return cycle._replace(summary=None, plan=plan)
+
+    def _decide(self, masks: int) -> None:
+        """By the number of masks in the later steps of the first cycle."""
+        most = self._room // 2
+        if masks <= most:
+            self._settle("static", f"a cycle has {masks} masks, at most {most}")
+        else:
+            self._settle("dynamic", f"a cycle has {masks} masks, more than {most}")
+
+    def _has_room(self, variant: Variant, length: int) -> bool:
+        """Whether there is a program for an exact mask, or may be one more."""
+        if variant in self.variants:
+            return True
+        exact = [v for v in self.variants if v.kind == "exact"]
+        if len(exact) < self._room:
+            return True
+        oldest = min(exact, key=self._used.__getitem__, default=None)
+        if oldest is None or self._calls - self._used[oldest] <= _PATIENCE * length:
+            return False
+        del self.variants[oldest], self._used[oldest]
+        self._ahead.pop(oldest, None)
+        return True
+
+    def _find_depths(self, params: Any, batch: Sequence, kwargs: dict) -> list[int]:
+        """How far each leaf is from the loss."""
+        kind = jax.tree.structure(params)
+        if kind not in self._depths:
+            has_aux, loss_fn = self._recipe.has_aux, self._recipe.loss_fn
+            loss = (lambda *a, **k: loss_fn(*a, **k)[0]) if has_aux else loss_fn
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of unused params
+                depths = infer_depths(loss, params, *batch, **kwargs)
+            # None, of a leaf that is no array: always in the mask.
+            self._depths[kind] = [d or 0 for d in kind.flatten_up_to(depths)]
+        return self._depths[kind]
+
+    def _compile(self, variants: list[Variant], call: tuple, kwargs: dict) -> None:
+        """Several at once; traced here, as `loss_fn` may not be thread-safe."""
+        pool = ThreadPoolExecutor(min(len(variants), os.cpu_count() or 1))
+        for variant in variants:
+            lowered = self._program(variant).lower(*call, **kwargs)
+            # The call finds what this leaves in the cache of the jitted function.
+            self._ahead[variant] = pool.submit(lowered.compile)
+        pool.shutdown(wait=False)
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    mode: str = "auto",
+    has_aux: bool = False,
+    *,
+    index: int | None = None,
+    donate: bool = True,
+    max_variants: int = 32,
+    compile_ahead: bool = True,
+) -> TrainStep:
+    """A training step that computes only the gradients that the schedule will use.
+
+    ``step(params, opt_state, *batch, **kwargs) -> (params, opt_state, metrics)`` gives
+    what one jitted function with `value_and_grad` (and its argument ``active``),
+    ``tx.update`` and `optax.apply_updates` would give, with less work:
+
+    * ``"static"``: a program for each mask. The quotas are read once per cycle (one
+      number for each leaf); which leaves are due in the other steps of the cycle
+      follows from them. Saves the most: nothing is kept for the backward pass of
+      resting leaves, and under `prioritize` they and their state are not touched.
+    * ``"dynamic"``: one program, which decides on the device. A step like this can be
+      called inside of `jax.jit`, `jax.lax.scan`, `jax.vmap`, `jax.pmap` and
+      `jax.shard_map`, and never waits for the device.
+    * ``"auto"``: dynamic inside of those, with several processes, and where an
+      optimizer such as `optax.MultiSteps` may hold the schedule back; else static,
+      unless a cycle has many masks, or the masks of all cycles outgrow `max_variants`.
+
+    To whatever else is in `tx`, a resting leaf has the gradient zero. In front of the
+    schedule that can be seen: `optax.clip_by_global_norm` takes the norm of what is
+    active; `optax.adam`, when put before `priority_prop`, averages the zeros.
+
+    In static mode a run is known by the state that the step returned last. Any other
+    state may be given to it (one from a checkpoint, of another run); then the step
+    number is read from it.
+
+    Args:
+      loss_fn: ``loss_fn(params, *batch, **kwargs)`` returns a real scalar, or a pair of
+        it and anything else (new batch statistics, say), if `has_aux`.
+      tx: an optax transformation with a `priority_prop` or a `prioritize` in it, over
+        all of the params.
+      mode: ``"auto"``, ``"static"`` or ``"dynamic"``.
+      has_aux: whether `loss_fn` returns a pair.
+      index: which `PriorityPropState`, where `tx` has several.
+      donate: whether params and state are given up to the step, which reuses their
+        memory.
+      max_variants: bound for the number of programs in static mode, at least 2. A
+        quarter is reserved for prefixes: where the masks vary so much that there is no
+        room for a further one, the gradients of all leaves at least as near to the loss
+        as the lowest one due are computed, and those not due set to zero. Programs that
+        were not needed for 50 cycles make room.
+      compile_ahead: whether all programs of a cycle are compiled at its second step, in
+        threads, instead of each when it is needed.
+
+    Returns:
+      A `TrainStep`, to be called like a function. Its `mode` and `reason` tell what
+      was chosen, `account` in how many steps which leaves were due.
+
+    Raises:
+      ValueError, TypeError: an argument cannot be meant; at the first call, there is no
+        `PriorityPropState`, or there are several and no `index`; ``mode="static"``
+        and an argument is traced.
+      RuntimeError: something in `tx` keeps the schedule from advancing by one step at
+        each call. In static mode only, where it would be wrong.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from priorityprop_jax import make_train_step, prioritize
+      >>> loss = lambda p, x: jnp.mean((jnp.tanh(x @ p["in"]) @ p["out"] - x) ** 2)
+      >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 3))}
+      >>> tx = prioritize(optax.sgd(0.1), budget=0.5)
+      >>> step, state = make_train_step(loss, tx), tx.init(params)
+      >>> for _ in range(20):
+      ...     params, state, metrics = step(params, state, jnp.eye(3))
+      >>> step.mode, sum(step.account.values())
+      ('static', 20)
+    """
+    check_name("mode", mode, MODES)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}")
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation, got {tx!r}; for example "
+            f"prioritize(optax.adam(1e-3), budget=0.5)"
+        )
+    check_count("max_variants", max_variants, least=2, static=True)
+    recipe = _Recipe(loss_fn, tx, has_aux, index)
+    return TrainStep(recipe, mode, donate, max_variants, compile_ahead)
