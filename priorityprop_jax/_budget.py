@@ -1,4 +1,7 @@
-"""What `budget` means: a number of updates per cycle, a share, or a schedule."""
+"""What `budget` means: a number of updates per cycle, a share, or a schedule.
+
+With costs it is a share of the cost of full training, see `_selection`.
+"""
 
 import math
 import numbers
@@ -36,6 +39,30 @@ def check_budget(budget: Any) -> None:
             raise ValueError(f"{allowed}; integers must be in [1, 2**31), got {budget}")
     elif not 0 < float(budget) <= 1:
         raise ValueError(f"{allowed}, got {budget!r}")
+
+
+def check_share(budget: Any) -> None:
+    """Raises unless a budget that has passed `check_budget` can be a share."""
+    if callable(budget) or not _is_integer(budget):
+        return
+    raise ValueError(
+        f"with costs the budget must be a float in (0, 1], a share of the cost of full "
+        f"training (or a schedule of it), got {budget!r}; integers are numbers of "
+        f"updates"
+    )
+
+
+def resolve_share(budget: Any, step: jax.Array) -> float | jax.Array:
+    """The share of the cost of full training in the cycle that starts at `step`."""
+    share = budget(step) if callable(budget) else budget
+    check_share(share)
+    return float(share) if isinstance(share, numbers.Real) else jnp.asarray(share)
+
+
+def _is_integer(x: Any) -> bool:
+    if is_traced(x) or isinstance(x, jax.Array):
+        return jnp.issubdtype(x.dtype, jnp.integer)
+    return isinstance(x, numbers.Integral)
 
 
 def resolve(
@@ -76,16 +103,17 @@ def warn_infeasible(
     if not isinstance(budget, numbers.Integral):
         said += f" ({updates} updates per cycle)"
     if updates < units * low:
-        _warn(
+        warn(
             f"{said} is less than min_updates={low} for each of {units} units: the "
             f"lower bound is dropped, and the units with the best scores come first"
         )
     elif updates > units * high:
-        _warn(
+        warn(
             f"{said} is more than max_updates={high} for each of {units} units: each "
             f"gets {high}, and {updates - units * high} updates per cycle stay unspent"
         )
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Warns at the line that calls `init`: four calls above."""
     warnings.warn(message, UserWarning, stacklevel=5)

@@ -12,6 +12,7 @@ import optax
 
 from ._bursts import run
 from ._checks import check_name
+from ._costs import BackwardCosts
 from ._leafwise import init_inner, leafwise, update_together
 from ._priority import (
     advance,
@@ -61,6 +62,7 @@ def prioritize(
     allocation: str = "argsort",
     axis_name: Any = None,
     seed: int | jax.typing.ArrayLike = 0,
+    costs: BackwardCosts | None = None,
     resting: str = "keep",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Give each unit exactly as many updates of an optimizer as its share of a budget.
@@ -103,6 +105,7 @@ def prioritize(
       allocation: see `priority_prop`.
       axis_name: see `priority_prop`.
       seed: see `priority_prop`.
+      costs: see `priority_prop`.
       resting: what becomes of the inner state of a unit that rests. ``"keep"``: it
         waits. ``"decay"``: on return it is caught up with one zero-gradient update
         for each step rested. ``"reset"``: on return it starts anew.
@@ -144,6 +147,7 @@ def prioritize(
             allocation,
             axis_name,
             seed,
+            costs,
         )
     )
     check_name("resting", resting, RESTING)
@@ -200,6 +204,8 @@ def prioritize(
 
 def _most_in_a_row(settings: Settings) -> int | None:
     """Updates of a unit in one step, if known."""
+    if settings.costs is not None:
+        return 1
     high = settings.max_updates
     return -(-high // settings.recalc_every) if isinstance(high, int) else None
 

@@ -24,7 +24,13 @@ from ._allocation import (
     are_few,
     positions,
 )
-from ._budget import check_budget, resolve, warn_infeasible
+from ._budget import (
+    check_budget,
+    check_share,
+    resolve,
+    resolve_share,
+    warn_infeasible,
+)
 from ._checks import check_bounds, check_count, check_finite, check_name, is_traced
 from ._schedule import multiplicity, ranking
 from ._scores import (
@@ -35,6 +41,7 @@ from ._scores import (
     ScoreInputs,
     SCORES,
 )
+from ._selection import check_paths, cost_table, cycle_cost, select, warn_over_cost
 
 
 class DepthFactor(NamedTuple):
@@ -74,7 +81,7 @@ class PriorityPropState(NamedTuple):
     scores: Any  # as of the last recalculation; shape=(units,), dtype=float32
     quotas: Any  # updates in this cycle; shape=(units,), dtype=int32
     score_state: Any  # of the score, if it has one
-    budget: jax.Array  # handed out in this cycle; shape=(), dtype=int32
+    budget: jax.Array  # updates handed out in this cycle; shape=(), dtype=int32
     nonfinite: jax.Array  # units found non-finite; shape=(leaves,), dtype=int32
     depths: jax.Array  # of the leaves, 0 at the loss; shape=(leaves,), dtype=int32
     sizes: jax.Array  # units in each leaf; shape=(leaves,), dtype=int32
@@ -97,6 +104,7 @@ class Settings(NamedTuple):
     allocation: str
     axis_name: Any
     seed: Any
+    costs: Any = None  # what `backward_costs` returns, once checked a `CostTable`
 
     @property
     def by_element(self) -> bool:
@@ -136,10 +144,23 @@ def check_settings(settings: Settings) -> Settings:
     check_name("allocation", settings.allocation, ALLOCATIONS)
     check_count("seed", settings.seed, least=-(2**31))
     _check_depth_factor(settings.depth_factor)
+    settings = _check_costs(settings)
     if isinstance(settings.score, Score):
         return settings
     check_name("score", settings.score, tuple(SCORES))
     return settings._replace(score=SCORES[settings.score])
+
+
+def _check_costs(settings: Settings) -> Settings:
+    if settings.costs is None:
+        return settings
+    if not (isinstance(settings.units, str) and settings.units == "leaf"):
+        raise ValueError(
+            f"with costs the units must be 'leaf', as the costs are known for whole "
+            f"leaves, got units={settings.units!r}"
+        )
+    check_share(settings.budget)
+    return settings._replace(costs=cost_table(settings.costs, settings.recalc_every))
 
 
 def _check_depth_factor(depth_factor: Any) -> None:
@@ -163,13 +184,12 @@ def _check_factor(argument: str, factor: Any) -> None:
 def init_priority(settings: Settings, params: optax.Params) -> PriorityPropState:
     """The state before the first step. Looks at structure, shapes and dtypes only."""
     where = _units.layout(params, settings.units)
-    warn_infeasible(
-        settings.budget,
-        where.size,
-        settings.min_updates,
-        settings.max_updates,
-        settings.recalc_every,
-    )
+    bounds = settings.min_updates, settings.max_updates
+    if settings.costs is None:
+        warn_infeasible(settings.budget, where.size, *bounds, settings.recalc_every)
+    elif where.paths:  # optax looks up the state's structure without any
+        check_paths(settings.costs, where.paths)
+        warn_over_cost(settings.costs, settings.budget, *bounds)
     depths = jnp.asarray(_depths(settings, where, params))
     _leaf_factors(settings, params, depths)  # an error now, not in the first step
     zeros = functools.partial(_zeros, settings, where, params)
@@ -360,13 +380,19 @@ def _recalculate(settings, where, leaves, factors, state, plan: _Plan) -> _Plan:
         jnp.where(ok & jnp.isfinite(s) & (s > 0), s, 0.0)
         for s, ok in zip(scores, finite, strict=True)
     ]
-    budget = resolve(settings.budget, state.step, where.size, settings.recalc_every)
-    quotas = _allocate(settings, scores, budget)
+    budget = None
+    if settings.costs is None:
+        budget = resolve(settings.budget, state.step, where.size, settings.recalc_every)
+        quotas = _allocate(settings, scores, budget)
+    else:
+        quotas = _select(settings, scores, state.step)
     # Unusable gradients get the minimum even where the budget could afford more.
     quotas = [
         jnp.where(ok, q, jnp.minimum(q, settings.min_updates)).astype(old.dtype)
         for q, ok, old in zip(quotas, finite, jax.tree.leaves(plan.quotas), strict=True)
     ]
+    if budget is None:
+        budget = jnp.sum(quotas[0], dtype=jnp.int32)
     return _Plan(
         jax.tree.unflatten(jax.tree.structure(plan.scores), scores),
         jax.tree.unflatten(jax.tree.structure(plan.quotas), quotas),
@@ -440,6 +466,14 @@ def _allocate(settings: Settings, scores, budget) -> list[jax.Array]:
         _units.shard_like(q.reshape(s.shape), s)
         for q, s in zip(parts, scores, strict=True)
     ]
+
+
+def _select(settings: Settings, scores, step) -> list[jax.Array]:
+    """Quotas by a budget in cost."""
+    total = cycle_cost(settings.costs, resolve_share(settings.budget, step))
+    bounds = settings.min_updates, settings.max_updates
+    quotas = select(settings.costs, _units.join(scores), total, *bounds)
+    return [_units.shard_like(quotas, scores[0])]
 
 
 def _bad_per_leaf(where, finite: list[jax.Array]) -> jax.Array:

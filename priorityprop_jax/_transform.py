@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ._costs import BackwardCosts
 from ._priority import (
     advance,
     check_settings,
@@ -37,6 +38,7 @@ def priority_prop(
     allocation: str = "argsort",
     axis_name: Any = None,
     seed: int | jax.typing.ArrayLike = 0,
+    costs: BackwardCosts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Spend a fixed budget of updates on the parameters with the highest priority.
 
@@ -65,7 +67,8 @@ def priority_prop(
     Args:
       budget: updates to hand out per cycle. An integer is their number; a float in
         (0, 1] the share of updating every unit at every step; a callable is a
-        schedule of the step, evaluated at the start of each cycle.
+        schedule of the step, evaluated at the start of each cycle. With `costs` a
+        share of the cost of full training.
       min_updates: least number of updates of a unit in a cycle. Dropped, with a
         warning, where the budget does not suffice.
       max_updates: largest number of updates of a unit in a cycle. What then remains
@@ -88,6 +91,17 @@ def priority_prop(
       axis_name: inside `jax.pmap` or `jax.shard_map`, the axis over which magnitudes
         are averaged, so that every replica decides alike.
       seed: for ``score="random"``.
+      costs: from `backward_costs`, makes the budget one of cost: the steps of a cycle
+        together cost at most ``budget * recalc_every * costs.full``, with forward
+        passes, the chain down to the active leaves, and the first step of the cycle,
+        which trains everything. Within that, quotas are chosen for a large sum of
+        scores times quotas: depths of truncation are compared, each filled by score
+        per cost. For up to 12 leaves the result is at least as good as the best of
+        all sets of leaves, if one set were trained in all the other steps. A quota
+        is at most `recalc_every`; `min_updates` is a number of full steps;
+        `allocation` is not used; the state's `budget` is the sum of the quotas.
+        Needs ``units="leaf"``. The costs come true where the gradients are from
+        `value_and_grad` with ``active=``.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `PriorityPropState`. A unit
@@ -126,6 +140,7 @@ def priority_prop(
             allocation,
             axis_name,
             seed,
+            costs,
         )
     )
 
