@@ -1,6 +1,7 @@
 """`value_and_grad` and `grad`: jax's, plus `active`, and without the work it saves."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ def value_and_grad(
       0.0 6.0 0.0
     """
     jax.value_and_grad(fun, argnums, has_aux)  # raises if this cannot be meant
+    signature = _with_active(fun)
 
     @functools.wraps(fun)
     def value_and_grad_f(*args, active=None, **kwargs):
@@ -80,7 +82,7 @@ def value_and_grad(
         gradient = jax.tree.unflatten(treedef, gradients)
         return ((value, aux) if has_aux else value), gradient
 
-    return value_and_grad_f
+    return _sign(value_and_grad_f, signature)
 
 
 def grad(
@@ -114,7 +116,31 @@ def grad(
         value, gradient = value_and_grad_f(*args, active=active, **kwargs)
         return (gradient, value[1]) if has_aux else gradient
 
-    return grad_f
+    return _sign(grad_f, _with_active(fun))
+
+
+def _with_active(fun: Callable) -> inspect.Signature | None:
+    """The signature of `fun` with ``active``, which `jax.jit` looks up by name."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):  # builtins may have none
+        return None
+    known = list(signature.parameters.values())
+    if "active" in signature.parameters:
+        raise ValueError(
+            "fun has a parameter named 'active', which is what the function returned "
+            "here takes the mask by; rename it, or bind it with functools.partial in a "
+            "function of other parameters"
+        )
+    active = inspect.Parameter("active", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = len(known) - sum(p.kind is inspect.Parameter.VAR_KEYWORD for p in known)
+    return signature.replace(parameters=[*known[:at], active, *known[at:]])
+
+
+def _sign(function: Callable, signature: inspect.Signature | None) -> Callable:
+    if signature is not None:
+        function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def _select_arguments(

@@ -527,6 +527,35 @@ def _unwrap(state: PriorityPropState) -> PriorityPropState:
     return state._replace(**single)
 
 
+def largest_quotas(
+    state: PriorityPropState, params: optax.Params, units: Any = None
+) -> list[jax.Array]:
+    """The largest quota in each leaf of a found state, as int32 scalars.
+
+    Given the `units`, a vector for leaves with units along the first axis: by row.
+    """
+    n, quotas = state.sizes.size, jax.tree.leaves(state.quotas)
+    where = None if units is None else _units.layout(params, units)
+    if where is not None and where.axes is not None and any(where.axes):
+        if where.size != sum(q.size for q in quotas):
+            raise ValueError(
+                f"units make {where.size} units of these params, but the "
+                f"PriorityPropState was initialized for {sum(q.size for q in quotas)}"
+            )
+        return [
+            jnp.max(part, axis=tuple(range(0 in axes, part.ndim)), initial=0)
+            for part, axes in zip(
+                _units.split(where, quotas[0]), where.axes, strict=True
+            )
+        ]
+    if len(quotas) == n:  # an array for each leaf, or a single leaf
+        return [jnp.max(q, initial=0).astype(jnp.int32) for q in quotas]
+    size = quotas[0].size
+    owner = jnp.repeat(jnp.arange(n), state.sizes, total_repeat_length=size)
+    most = jax.ops.segment_max(quotas[0].astype(jnp.int32), owner, n)
+    return _units.unstack(jnp.maximum(most, 0))  # the largest of none is below 0
+
+
 def by_leaf(state: PriorityPropState, statistic: Any) -> list[np.ndarray]:
     """A per-unit statistic of a found state, as one flat array per leaf. On the host.
 

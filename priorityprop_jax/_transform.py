@@ -17,9 +17,9 @@ from ._priority import (
     DepthFactor,
     find_state,
     init_priority,
+    largest_quotas,
     Settings,
 )
-from ._schedule import multiplicity
 from ._scores import Score
 
 
@@ -170,7 +170,10 @@ def _times(g: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def active(
-    opt_state: optax.OptState, params: optax.Params, index: int | None = None
+    opt_state: optax.OptState,
+    params: optax.Params,
+    index: int | None = None,
+    units: Any = None,
 ) -> Any:
     """Which leaves the next call of `update` will use.
 
@@ -182,14 +185,17 @@ def active(
         `prioritize` in it; may be traced.
       params: the pytree that `init` was given. Only its structure is used.
       index: which `PriorityPropState`, where there are several.
+      units: what the transformation was given as `units`, for a bool per row: leaves
+        with units along the first axis, such as layers stacked for a `jax.lax.scan`,
+        then get a vector of bools. `params` must then be arrays, or their shapes.
 
     Returns:
       A pytree of bool scalars in the structure of `params`: whether any unit of the
-      leaf has an update due.
+      leaf (or row) has an update due.
 
     Raises:
       ValueError: `opt_state` holds no `PriorityPropState`, or several and no `index`
-        was given, or one for another number of leaves.
+        was given, or one for another number of leaves or units.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -202,13 +208,8 @@ def active(
       {'a': Array(True, dtype=bool), 'b': Array(False, dtype=bool)}
     """
     state = find_state(opt_state, params, index)
-    n = state.sizes.size
     r = state.step % state.rank.size
-    due = [multiplicity(q, state.rank, r) > 0 for q in jax.tree.leaves(state.quotas)]
-    if len(due) == n:
-        used = [jnp.any(d) for d in due]
-    else:
-        owner = jnp.repeat(jnp.arange(n), state.sizes, total_repeat_length=due[0].size)
-        hits = jax.ops.segment_sum(due[0].astype(jnp.int32), owner, n)
-        used = [hits[i] > 0 for i in range(n)]
-    return jax.tree.unflatten(jax.tree.structure(params), [u | (r == 0) for u in used])
+    # A unit is due at step r iff its quota is larger than the rank of r: see schedule.
+    least = jnp.where(r == 0, -1, state.rank[r])
+    used = [most > least for most in largest_quotas(state, params, units)]
+    return jax.tree.unflatten(jax.tree.structure(params), used)

@@ -27,7 +27,6 @@ from priorityprop_jax import grad, static_mask, value_and_grad
 # A static mask leaves the backward pass to JAX: what may differ is the tree, not the
 # operations.
 STATIC = (
-    "linen mlp",
     "nnx mlp",
     "cnn",
     "transformer",
@@ -36,13 +35,13 @@ STATIC = (
     "custom_vjp",
     "stopped",
     "tied",
-    "bfloat16",
     "complex",
     "scalars",
     "bare array",
     "keywords",
-    "autoencoder",
 )
+# Like "linen scan of remat", "rnn" and "plain mlp", to the interpreter.
+ALIKE = ("linen scan", "linen lstm", "inner jit", "keywords", "linen mlp")
 both = pytest.mark.parametrize("kind", ["static", "dynamic"])
 
 
@@ -184,7 +183,7 @@ def compiled_once(m):
     return call
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow_unless(n not in ALIKE, n) for n in MODELS])
 def test_dynamic(name, quick_compilation):
     """One program for all masks, traced once."""
     m = models.model(name)
@@ -509,7 +508,7 @@ def test_mask_as_an_argument_of_jit(quick_compilation):
             assert_gated(got, plain_expected()[1], mask)
 
 
-@both
+@pytest.mark.parametrize("kind", [slow_unless(False, "static"), "dynamic"])
 def test_leaks_nothing(kind):
     mask = {"a": True, "b": False, "c": np.array([True, False])}
     layer = lambda x, w: (jnp.sin(x * w), None)
@@ -702,7 +701,7 @@ def test_derivatives_of_gradients(kind, mode, quick_compilation):
     assert_gated(got, expected, mask if mode == "forward" else True)
 
 
-@both
+@pytest.mark.parametrize("kind", [slow_unless(False, "static"), "dynamic"])
 @pytest.mark.parametrize("name", ["plain mlp", "scan", "complex"])
 def test_with_and_without_x64(name, kind, x64, quick_compilation):
     m = MODELS[name]()
@@ -957,7 +956,9 @@ def test_flops_of_scattered_layers(active):
     assert products <= ours <= 1.3 * products  # and the element-wise rest
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "linen scan"])
+@pytest.mark.parametrize(
+    "name", [slow_unless(n != "cnn", n) for n in ("cnn", "transformer", "linen scan")]
+)
 def test_nothing_active_costs_a_forward_pass(name):
     m = models.model(name)
     assert not m.kwargs

@@ -29,7 +29,7 @@ from priorityprop_jax import (
     StaticMask,
     value_and_grad,
 )
-from priorityprop_jax.training import _step
+from priorityprop_jax.training import _programs, _step
 from priorityprop_jax.training._step import make_train_step, Variant
 
 
@@ -358,8 +358,8 @@ def test_resting_leaves_are_returned_as_they_are():
     tx = build("prioritize adam", score=FIXED)
     p = params()
     mask = static_mask({k: {"w": k == "d2", "b": k == "d2"} for k in p})
-    recipe = _step._Recipe(loss, tx, False, None)
-    program = functools.partial(_step._later, recipe, Variant(mask, "exact"))
+    recipe = _programs.Recipe(loss, tx, False, None, None)
+    program = functools.partial(_programs.later_step, recipe, Variant(mask, "exact"))
     out = jax.make_jaxpr(program)(p, tx.init(p), *batches(1)[0]).jaxpr
     untouched = sum(x in out.invars for x in out.outvars)
     assert untouched >= 3 * sum(not on for on in mask.leaves)
@@ -535,7 +535,7 @@ def test_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     tx = build("before sgd")
     step = make_train_step(loss, tx)
-    place = _step._find_place(tx.init(params()), params(), None)
+    place = _programs.find_place(tx.init(params()), params(), None)
     step._decide_early(place, CYCLE)
     assert step.mode == "dynamic" and "processes" in step.reason
 
@@ -568,7 +568,7 @@ def test_aux_kwargs_keys_and_batch_statistics():
         of = jax.value_and_grad(noisy, has_aux=True)
         (value, aux), gradients = of(p, *batch, **kwargs)
         updates, s = tx.update(gradients, s, p)
-        return optax.apply_updates(p, updates), s, _step.Metrics(value, aux)
+        return optax.apply_updates(p, updates), s, _programs.Metrics(value, aux)
 
     for mode in ("static", "dynamic"):
         step = make_train_step(noisy, tx, mode, has_aux=True)
@@ -696,3 +696,32 @@ def test_gradients_are_those_of_value_and_grad():
     (mask,) = [m for m in step.account if not all(m.leaves)]
     _, gradients = value_and_grad(loss)(p, *batch, active=mask)
     assert_close(new, jax.tree.map(lambda a, g: a - g, p, gradients))
+
+
+STACK_UNITS = {"stack": (0,), "out": ()}
+
+
+def stacked_loss(p, x, target):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])
+    return squares(x @ p["out"], target)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_rows_of_a_stack_rest_by_themselves(mode):
+    """As without us, and no gradient is computed of a layer that is not due."""
+    start = {"stack": 0.5 * draw(4, 5, 5), "out": draw(5, 3, seed=1)}
+    by_index = Score(lambda _: (), lambda x, s: (1.0 + x.index % 2, s))
+    tx = prioritize(optax.sgd(0.1), **SHORT, units=STACK_UNITS, score=by_index)
+    step = make_train_step(stacked_loss, tx, mode, units=STACK_UNITS, donate=False)
+    plain = plain_step(stacked_loss, tx)
+    p, s = start, tx.init(start)
+    q, t = p, s
+    for x, target in [(draw(2, 5, seed=i), draw(2, 3, seed=50 + i)) for i in range(9)]:
+        p, s, metrics = step(p, s, x, target)
+        q, t, value = plain(q, t, x, target)
+        np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), p, q)
+    if mode == "static":
+        rows = {mask.leaves[1] for mask in step.account}
+        assert any(isinstance(x, tuple) for x in rows)
+        assert sum(step.account.values()) == 9

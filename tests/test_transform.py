@@ -192,3 +192,36 @@ def test_active_takes_shapes():
     tx = priority_prop(**SETTINGS)
     shapes = jax.eval_shape(lambda: PARAMS)
     assert leaf_flags(active(tx.init(PARAMS), shapes)) == [True] * 3
+
+
+def test_active_by_row():
+    """A vector for a leaf with units along its first axis; else as ever."""
+    params = {"a": jnp.ones((3, 2, 2)), "b": jnp.ones((4,)), "c": jnp.ones((2, 3))}
+    units = {"a": (0,), "b": (), "c": (0, 1)}
+    tx = prioritize(optax.sgd(0.1), budget=0.5, max_updates=5, units=units)
+    size = lambda *x: jnp.array(x)
+    gradients = {
+        "a": size(1.0, 9.0, 0.0)[:, None, None] * params["a"],
+        "b": 0.1 * params["b"],
+        "c": size(5.0, 0.0)[:, None] * size(1.0, 0.0, 2.0)[None],
+    }
+    _, state = tx.update(gradients, tx.init(params), params)
+    state = state.priority
+    for r in range(1, 10):
+        now = state._replace(step=jnp.int32(r))
+        due = np.asarray(state.quotas) > int(state.rank[r])  # the rule, by unit
+        whole, rows = active(now, params), active(now, params, units=units)
+        np.testing.assert_array_equal(rows["a"], due[:3])
+        np.testing.assert_array_equal(rows["c"], due[4:].reshape(2, 3).any(1))
+        assert rows["b"].shape == () and bool(rows["b"]) == due[3] == bool(whole["b"])
+        assert [bool(whole["a"]), bool(whole["c"])] == [due[:3].any(), due[4:].any()]
+    with pytest.raises(ValueError, match="units make 4 units .* initialized for 10"):
+        active(state, params, units={"a": (), "b": (), "c": (0,)})
+
+
+def test_active_by_row_of_the_only_leaf():
+    params, units = jnp.ones((3, 2)), (0,)
+    tx = priority_prop(budget=0.5, units=units)
+    state = tx.init(params)
+    assert active(state, params).shape == ()
+    np.testing.assert_array_equal(active(state, params, units=units), [True] * 3)

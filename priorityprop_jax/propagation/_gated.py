@@ -77,6 +77,7 @@ _TRANSCENDENTAL = frozenset(
     " cbrt pow atan2 asin acos atan sinh cosh asinh acosh atanh lgamma digamma cumsum"
     " reduce_prod reduce_window_sum reduce_window_max reduce_window".split()
 )
+_DEEPEST = 8  # conditionals inside of each other
 _LARGEST_CONE = 2, 16  # arrays to read and operations to run, to compute a value again
 
 
@@ -164,7 +165,8 @@ def _plain_backward(
         node = graph.node(key, arrived, run)
         zero_stays = op.name in _LINEAR and all(m.exact for m in arrived)
         for index, i in enumerate(some):
-            exact = zero_stays or key == op.depends[i]
+            alone = key == op.depends[i] and key.bit_count() == 1
+            exact = zero_stays or (alone and _is_scalar(graph, key))
             sent[i] = _Message(graph, node, index, op.inputs[i], op.depends[i], exact)
     return sent
 
@@ -282,48 +284,105 @@ _SIMPLE: dict[str, _Simple] = {
 # Evaluation.
 
 
+class _Block(NamedTuple):
+    """Nodes of one key."""
+
+    key: int
+    nodes: list[_Node]
+    # What later blocks and results use of these, with the last block that does.
+    shown: dict[tuple[_Node, int], tuple[_Message, int]]
+
+
 def _evaluate(graph: _Graph, results: Sequence[_Message | None]) -> list[Any]:
-    """The values of messages: blocks one after the other."""
+    """The values of messages."""
     needed, waiting = set(), [m.node for m in results if m is not None]
     while waiting:
         node = waiting.pop()
         if node not in needed:
             needed.add(node)
             waiting += [m.node for m in node.sources]
-    blocks = _blocks([node for node in graph.nodes if node in needed])
-    block_of = {node: i for i, (_, nodes) in enumerate(blocks) for node in nodes}
-    shown: list[dict[tuple[_Node, int], _Message]] = [{} for _ in blocks]
-    for node, sources in [*((n, n.sources) for n in block_of), (None, results)]:
+    parts = _group([node for node in graph.nodes if node in needed])
+    place = {node: i for i, (_, nodes) in enumerate(parts) for node in nodes}
+    blocks = [_Block(key, nodes, {}) for key, nodes in parts]
+    uses = [(place[n], n.sources) for n in place] + [(len(blocks), results)]
+    for i, sources in sorted(uses, key=lambda use: use[0]):
         for m in sources:
-            if m is not None and (node is None or block_of[m.node] != block_of[node]):
-                shown[block_of[m.node]][m.node, m.index] = m
-    needs = _Needs(graph.predicates, [key for key, _ in blocks])
-    values: dict[tuple[_Node, int], Any] = {}
-    for (key, nodes), visible in zip(blocks, shown, strict=True):
-        messages = list(visible.values())
-        on = needs(key)
-        if on is False or not messages:
-            found = [zeros_of(m.kind) for m in messages]
-        elif on is True:
-            found = _run(nodes, messages, values, lambda x: x)
-        else:
-            found = lax.cond(
-                on,
-                lambda n=nodes, m=messages: [
-                    _typed(x, to.kind)
-                    for x, to in zip(_run(n, m, values, _Reader(graph)), m, strict=True)
-                ],
-                lambda m=messages: [zeros_of(to.kind) for to in m],
-            )
-        values.update(zip(visible, found, strict=True))
+            if m is not None and place[m.node] != i:
+                blocks[place[m.node]].shown[m.node, m.index] = m, i
+    run = _Run(graph, blocks, _Needs(graph.predicates, [b.key for b in blocks]))
+    values = run(0, len(blocks), {})
     return [None if m is None else values[m.node, m.index] for m in results]
+
+
+class _Run:
+    """Blocks one after the other, those whose key is part of another's inside of it.
+
+    So a chain that is cut leaves nothing behind: what comes below is in the branch that
+    is not taken, and no zeros have to be handed on. But each level hands down all that
+    is read below, so there is a limit.
+    """
+
+    def __init__(self, graph: _Graph, blocks: list[_Block], needs: "_Needs"):
+        self.graph, self.blocks, self.needs = graph, blocks, needs
+
+    def __call__(self, start: int, stop: int, values: dict) -> dict:
+        """All that the blocks from `start` to `stop` show."""
+        values, i = dict(values), start
+        while i < stop:
+            block, end = self.blocks[i], i + 1
+            on = self.needs(block.key)
+            if not isinstance(on, bool):
+                end = min(self._extent(i, 1)[0], stop)
+            shown = {
+                name: m
+                for b in self.blocks[i:end]
+                for name, (m, last) in b.shown.items()
+                if last >= end
+            }
+            if on is True:
+                found = self._one(block, values, lambda x: x)
+            elif on is False or not shown:
+                found = {name: zeros_of(m.kind) for name, m in shown.items()}
+            else:
+                names = list(shown)
+                results = lax.cond(
+                    on,
+                    functools.partial(self._taken, i, end, values, shown),
+                    lambda shown=shown: [zeros_of(m.kind) for m in shown.values()],
+                )
+                found = dict(zip(names, results, strict=True))
+            values |= found
+            i = end
+        return values
+
+    def _extent(self, i: int, depth: int) -> tuple[int, bool]:
+        """Where the blocks inside of one end, and whether for lack of depth."""
+        end = i + 1
+        while end < len(self.blocks) and not self.blocks[end].key & ~self.blocks[i].key:
+            if depth == _DEEPEST:
+                return end, True
+            end, full = self._extent(end, depth + 1)
+            if full:
+                return end, True
+        return end, False
+
+    def _one(self, block: _Block, values: dict, read: Callable) -> dict:
+        messages = [m for m, _ in block.shown.values()]
+        found = _run(block.nodes, messages, values, read)
+        return dict(zip(block.shown, found, strict=True))
+
+    def _taken(self, i: int, end: int, values: dict, shown: dict) -> list[Any]:
+        """What the true branch returns."""
+        values = values | self._one(self.blocks[i], values, _Reader(self.graph))
+        values = self(i + 1, end, values)
+        return [_typed(values[name], m.kind) for name, m in shown.items()]
 
 
 def _typed(x: Any, kind: Any) -> Any:
     return x if x.dtype == kind.dtype else lax.convert_element_type(x, kind.dtype)
 
 
-def _blocks(nodes: list[_Node]) -> list[tuple[int, list[_Node]]]:
+def _group(nodes: list[_Node]) -> list[tuple[int, list[_Node]]]:
     """Nodes of one key together, as far as what they need comes before."""
     waiting = {n: len({m.node for m in n.sources}) for n in nodes}
     users: dict[_Node, list[_Node]] = {n: [] for n in nodes}
@@ -483,7 +542,7 @@ def _mask(x: Any, predicate: Predicate, exact: bool) -> Any:
     """Zeros where the predicate says so, if they are not there already."""
     if isinstance(predicate, bool):
         return x if predicate else jnp.zeros_like(x)
-    if exact and jnp.ndim(predicate) == 0:
+    if exact:
         return x
     on = jnp.reshape(
         predicate, jnp.shape(predicate) + (1,) * (x.ndim - jnp.ndim(predicate))
@@ -519,13 +578,37 @@ def _all_cheap(jaxpr: Any) -> bool:
     return True
 
 
-def _predicates_of(graph: _Graph, op: Operation) -> list[Predicate]:
-    """Whether anything is active that an input was computed from, for each input."""
+def _predicates_of(graph: _Graph, op: Operation, rows: Sequence[int]) -> list[Any]:
+    """Whether anything is active that an input was computed from, for each input.
+
+    By rows for those in `rows`, if they are an argument whose predicate is a vector.
+    """
     needs = _Needs(graph.predicates, op.depends)
     return [
-        graph.predicates[d.bit_length() - 1] if a and d.bit_count() == 1 else needs(d)
-        for d, a in zip(op.depends, op.aligned, strict=True)
+        graph.predicates[d.bit_length() - 1]
+        if i in rows and _is_own(op, i)
+        else needs(d)
+        for i, d in enumerate(op.depends)
     ]
+
+
+def _is_own(op: Operation, i: int) -> bool:
+    """Whether an input is one of the arguments."""
+    return op.aligned[i] and op.depends[i].bit_count() == 1
+
+
+def _exact(graph: _Graph, op: Operation, rows: Sequence[int]) -> list[int]:
+    """The inputs whose messages are zero where they rest, given these predicates."""
+    return [
+        i
+        for i in differentiable(op)
+        if _is_own(op, i) and (i in rows or _is_scalar(graph, op.depends[i]))
+    ]
+
+
+def _is_scalar(graph: _Graph, depends: int) -> bool:
+    predicate = graph.predicates[depends.bit_length() - 1]
+    return isinstance(predicate, bool) or not jnp.ndim(predicate)
 
 
 def _remat_forward(op: Operation, *inputs: Any) -> tuple[Sequence[Any], Any]:
@@ -553,13 +636,12 @@ def _remat_backward(op: Operation, residuals: Any, messages: list) -> list:
             None if s or not is_inexact(t) else next(waiting)
             for s, t in zip(silent, op.outputs, strict=True)
         ]
-        found = _gated_vjp(program, inner, given, _predicates_of(graph, op))
+        found = _gated_vjp(program, inner, given, _predicates_of(graph, op, places))
         return [
             zeros_of(op.inputs[i]) if found[i] is None else found[i] for i in places
         ]
 
-    exact = [i for i in places if op.depends[i].bit_count() == 1 and op.aligned[i]]
-    return _send(op, graph, messages, run, places, exact)
+    return _send(op, graph, messages, run, places, _exact(graph, op, places))
 
 
 class _Scanned(NamedTuple):
@@ -585,7 +667,8 @@ def _scan_forward(op: Operation, *inputs: Any) -> tuple[list[Any], Any]:
         saved = saved if used is None else [saved[i] for i in used]
         return out[: loop.carry], (out[loop.carry :], saved)
 
-    _, (_, shapes) = jax.eval_shape(step, carry, [x[0] for x in xs])
+    row = [type_of(jax.typeof(x), rows=True) for x in xs]
+    _, (_, shapes) = jax.eval_shape(step, carry, row)
     used = _used(op, program, loop, found[0], consts, shapes)
     body = functools.partial(step, used=used)
     carry, (ys, saved) = lax.scan(body, carry, xs, **loop.options)
@@ -630,11 +713,12 @@ def _scan_backward(op: Operation, residuals: Saved, messages: list) -> list:
         del read
         waiting = iter(arrived)
         given = [None if s else next(waiting) for s in silent]
-        found = _scan_back(op, residuals, given, _predicates_of(graph, op))
+        found = _scan_back(op, residuals, given, _predicates_of(graph, op, rows))
         return [found[i] for i in places]
 
-    exact = [i for i in places if op.depends[i].bit_count() == 1 and op.aligned[i]]
-    return _send(op, graph, messages, run, places, exact)
+    loop = loop_of(op)
+    rows = range(loop.consts + loop.carry, len(op.inputs))
+    return _send(op, graph, messages, run, places, _exact(graph, op, rows))
 
 
 def _scan_back(
@@ -728,7 +812,7 @@ def _below(of_consts, of_carry, of_xs, length: int, reverse: bool) -> Any:
     )
     each = jnp.broadcast_to(each, (length,)).astype(jnp.int32)
     each = each[::-1] if reverse else each
-    before = jnp.concatenate([jnp.zeros((1,), jnp.int32), lax.cummax(each)[:-1]])
+    before = jnp.concatenate([jnp.zeros((1,), jnp.int32), lax.cummax(each)])[:length]
     before = before[::-1] if reverse else before
     return (before > 0) | first
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._rules import (
+    axes_of,
     conform,
     is_inexact,
     merge,
@@ -27,11 +28,12 @@ from ._rules import (
     Saved,
     type_of,
     types_of,
+    VJP,
 )
 
 
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_JAX = os.path.dirname(os.path.abspath(jax.__file__))
+_HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+_JAX = os.path.join(os.path.dirname(os.path.abspath(jax.__file__)), "")
 
 # What a call calls, by the parameter that holds it.
 _CALLS = {
@@ -50,6 +52,7 @@ _ALIGNED = frozenset(
     "convert_element_type copy copy_p reduce_precision pvary"
     " sharding_constraint".split()
 )
+_FLAT = frozenset("sign floor ceil round".split())  # no derivative to speak of
 
 
 class Step(NamedTuple):
@@ -73,7 +76,9 @@ class Program(NamedTuple):
 
 
 def propagate(
-    fun: Callable[..., Any], rules: Rules | None = None
+    fun: Callable[..., Any],
+    rules: Rules | None = None,
+    data: int | Sequence[int] = (),
 ) -> Callable[..., tuple[Any, Callable[[Any], Any]]]:
     """Runs a function forward, and messages through it back to its arguments.
 
@@ -89,6 +94,8 @@ def propagate(
     Args:
       fun: a function of pytrees of arrays, returning one.
       rules: the rule set. By default ordinary gradients.
+      data: the positions of the arguments that are data, no parameters. Messages are
+        sent to both; rules can tell them apart, see `Operation.given`.
 
     Returns:
       ``run(*args) -> (outputs, back)``. ``back`` takes one message for each array of
@@ -96,6 +103,8 @@ def propagate(
       ``args``, in the structure of the tuple of them, None for none.
 
     Raises:
+      ValueError: from ``run``: `data` names an argument that is not there, or
+        `Rules.group` is not a grouping.
       NotImplementedError: from ``back``: a message reaches an operation without a rule.
         Names the operation and where it is in the program.
 
@@ -110,12 +119,20 @@ def propagate(
       3.0 0.0
     """
     rules = Rules() if rules is None else rules
+    data = (data,) if isinstance(data, int) else tuple(data)
 
     def run(*args):
         leaves, treedef = jax.tree.flatten(args)
+        for i in data:
+            if not -len(args) <= i < len(args):
+                raise ValueError(f"data has {i}, but there are {len(args)} arguments")
+        known = {i % len(args) for i in data}
+        given = [i in known for i, x in enumerate(args) for _ in jax.tree.leaves(x)]
         closed, kind = trace(lambda xs: fun(*jax.tree.unflatten(treedef, xs)), leaves)
         wanted = [is_inexact(v.aval) for v in jaxpr_of(closed).invars]
-        program = build(closed, [int(w) << i for i, w in enumerate(wanted)], rules)
+        depends = [int(w) << i for i, w in enumerate(wanted)]
+        given = [g or not w for g, w in zip(given, wanted, strict=True)]
+        program = build(closed, depends, rules, given)
         outputs, residuals = forward(program, leaves)
 
         def back(messages):
@@ -233,10 +250,18 @@ class _Builder:
         if self.rules.group is None:
             return [("", (eqn,)) for eqn in eqns]
         groups = [(name, tuple(part)) for name, part in self.rules.group(list(eqns))]
-        found = sorted(id(eqn) for _, part in groups for eqn in part)
-        if found != sorted(map(id, eqns)):
+        found = [eqn for _, part in groups for eqn in part]
+        if sorted(map(id, found)) != sorted(map(id, eqns)):
             raise ValueError("Rules.group must return each equation in one group")
-        return groups
+        later = {v for eqn in eqns for v in eqn.outvars}
+        for eqn in found:
+            if any(isinstance(v, jex.Var) and v in later for v in eqn.invars):
+                raise ValueError(
+                    "Rules.group must return equations in an order in which they can "
+                    f"run; {eqn.primitive.name} at {_where(eqn)} comes too early"
+                )
+            later.difference_update(eqn.outvars)
+        return [(name, part) for name, part in groups if part]
 
     def _equation(self, jaxpr: Any, eqn: Any, ins: list[int]) -> list[int]:
         name, label = eqn.primitive.name, _label(eqn)
@@ -293,9 +318,14 @@ class _Builder:
 
     def _step(self, op: Operation, rule: Rule, ins: list[int]) -> list[int]:
         depends = functools.reduce(lambda a, b: a | b, op.depends, 0)
+        if rule is _STOP or (rule is VJP and op.name in _FLAT):
+            depends = 0
         given = any(op.given)
         aligned = op.name in _ALIGNED and op.aligned[0]
-        outs = [self.new(depends, given, aligned) for _ in op.outputs]
+        outs = [
+            self.new(depends if is_inexact(t) else 0, given, aligned)
+            for t in op.outputs
+        ]
         self.steps.append(Step(op, rule if depends else None, tuple(ins), tuple(outs)))
         return outs
 
@@ -363,6 +393,7 @@ def forward(program: Program, inputs: Sequence[Any]) -> tuple[list[Any], list[An
             found, residual = op.bind(*arguments), None
         else:
             found, residual = rule.forward(op, *arguments)
+            _check(op, "outputs", found, outs)
         residuals.append(residual)
         values.update(zip(outs, found, strict=True))
     return [values[i] for i in program.outputs], residuals
@@ -390,9 +421,17 @@ def backward(
         if step.rule is None or all(m is None for m in arrived):
             continue
         sent = step.rule.backward(step.operation, residual, arrived)
+        _check(step.operation, "messages", sent, step.inputs)
         for number, message in zip(step.inputs, sent, strict=True):
             send(number, message)
     return [pending.get(i) for i in range(program.inputs)]
+
+
+def _check(op: Operation, what: str, found: Sequence[Any], places: Sequence[int]):
+    if len(found) != len(places):
+        raise ValueError(
+            f"the rule for {op} must return {len(places)} {what}, got {len(found)}"
+        )
 
 
 # Rules for structure: the bodies of loops and branches are programs themselves.
@@ -527,10 +566,23 @@ def _again_forward(op: Operation, *inputs: Any) -> tuple[list[Any], Any]:
     return op.bind(*inputs), inputs
 
 
+def barrier(inputs: Sequence[Any]) -> list[Any]:
+    """Keeps XLA from seeing that what is computed from these was computed before."""
+    out, alike = list(inputs), {}
+    for i, x in enumerate(inputs):
+        alike.setdefault(axes_of(jax.typeof(x)), []).append(i)
+    # Apart, as together all would vary over the mesh axes that any of them varies over.
+    for places in alike.values():
+        held = lax.optimization_barrier([inputs[i] for i in places])
+        for i, x in zip(places, held, strict=True):
+            out[i] = x
+    return out
+
+
 def _remat_backward(op: Operation, inputs: Any, messages: list[Any]) -> list[Any]:
     program = build(op.params["jaxpr"], op.depends, op.rules, op.given)
     if op.params.get("prevent_cse", True):
-        inputs = lax.optimization_barrier(inputs)
+        inputs = barrier(inputs)
     _, residuals = forward(program, inputs)
     return backward(program, residuals, messages)
 
@@ -573,11 +625,13 @@ def _while_backward(op: Operation, residuals: Any, messages: list[Any]) -> list[
 
 
 _REMAT = Rule(_again_forward, _remat_backward)
+_STOP = Rule(MISSING.forward, MISSING.backward)  # no message comes past
 _STRUCTURE = {
     "scan": Rule(_scan_forward, _scan_backward),
     "cond": Rule(_again_forward, _cond_backward),
     "remat": _REMAT,
     "remat2": _REMAT,
     "checkpoint": _REMAT,
+    "stop_gradient": _STOP,
     "while": Rule(MISSING.forward, _while_backward),
 }

@@ -5,9 +5,5 @@ from ._cache import (
     CacheStats as CacheStats,
     Features as Features,
 )
-from ._step import (
-    make_train_step as make_train_step,
-    Metrics as Metrics,
-    TrainStep as TrainStep,
-    Variant as Variant,
-)
+from ._programs import Metrics as Metrics, Variant as Variant
+from ._step import make_train_step as make_train_step, TrainStep as TrainStep

@@ -18,31 +18,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from .._checks import check_count, check_name
 from .._depth import infer_depths
-from .._gradients import value_and_grad
 from .._masks import StaticMask
-from .._prioritize import PrioritizeState
-from .._priority import find_state, PriorityPropState
-from .._transform import active
+from .._units import layout
+from ._programs import (
+    dynamic_step,
+    find_place,
+    first_step,
+    later_step,
+    Metrics,
+    Place,
+    Recipe,
+    summarize,
+    Variant,
+)
 
 
 MODES = ("auto", "static", "dynamic")
-# States of which it is known that a call of `update` is one for what they hold, too.
-# Others (`optax.MultiSteps`, `optax.apply_if_finite`) may hold it back.
-_IN_STEP = (
-    PrioritizeState,
-    optax.MaskedState,
-    optax.transforms.PartitionState,
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
-)
-_CONTAINERS = (tuple, list, dict, collections.OrderedDict)
 # A program makes room for another when no run has needed it for as many cycles.
 _PATIENCE = 50
 # So many runs can take turns without the step being read from the device again.
@@ -52,50 +48,6 @@ _LAST = 2**31 - 1  # where the counter of steps stops
 _log = logging.getLogger("priorityprop_jax")
 
 
-class Metrics(NamedTuple):
-    """What a training step reports.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> from priorityprop_jax import make_train_step, prioritize
-      >>> tx = prioritize(optax.sgd(0.1), budget=0.5)
-      >>> params = {"w": jnp.ones(3)}
-      >>> step = make_train_step(lambda p, x: jnp.sum(p["w"] * x), tx)
-      >>> params, state, metrics = step(params, tx.init(params), 2.0)
-      >>> print(metrics.loss, metrics.aux)
-      6.0 None
-    """
-
-    loss: jax.Array  # before the update; shape=()
-    aux: Any  # what `loss_fn` returned next to it; None without has_aux
-
-
-class Variant(NamedTuple):
-    """One of the compiled programs of a `TrainStep`."""
-
-    mask: StaticMask  # the leaves whose gradients are computed
-    kind: str  # "first" of a cycle, "exact", or "prefix": more leaves than are due
-
-
-class _Recipe(NamedTuple):
-    """What all programs of a training step share."""
-
-    loss_fn: Callable[..., Any]
-    tx: optax.GradientTransformation
-    has_aux: bool
-    index: int | None
-
-
-class _Place(NamedTuple):
-    """Where the schedule is: positions among the leaves of the optimizer state."""
-
-    step: int
-    rank: int
-    quotas: tuple[int, ...]
-    alone: bool  # whether it is the only one
-    holder: str | None  # the type of a state that may hold it back
-
-
 class _Cycle(NamedTuple):
     """What the host knows of a run, before a call."""
 
@@ -103,140 +55,6 @@ class _Cycle(NamedTuple):
     summary: jax.Array | None  # of the state, on its way from the device
     # By step of the cycle: the leaves due, and the program; empty if not known.
     plan: dict[int, tuple[StaticMask, Variant]]
-
-
-# The programs: pure functions of params and state.
-
-
-def _gradients(
-    recipe: _Recipe, mask: Any, params: Any, batch: tuple, kwargs: dict
-) -> tuple[Metrics, Any]:
-    of = value_and_grad(recipe.loss_fn, has_aux=recipe.has_aux)
-    value, gradients = of(params, *batch, active=mask, **kwargs)
-    if isinstance(mask, StaticMask):
-        # Constants get merged into loops that read old and write new state of a leaf
-        # in an order for which XLA then copies the old.
-        hide = lambda on, g: g if on else lax.optimization_barrier(g)
-        gradients = jax.tree.map(hide, mask.tree, gradients)
-    loss, aux = value if recipe.has_aux else (value, None)
-    return Metrics(loss, aux), gradients
-
-
-def _dynamic(recipe: _Recipe, params, opt_state, *batch, **kwargs):
-    """Any step."""
-    due = active(opt_state, params, recipe.index)
-    metrics, gradients = _gradients(recipe, due, params, batch, kwargs)
-    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
-
-
-def _first(recipe: _Recipe, params, opt_state, *batch, **kwargs):
-    """The first step of a cycle; returns a summary of the new state, too."""
-    metrics, gradients = _gradients(recipe, None, params, batch, kwargs)
-    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, metrics, _summarize(opt_state, params, recipe.index)
-
-
-def _later(recipe: _Recipe, variant: Variant, params, opt_state, *batch, **kwargs):
-    """Any other step of a cycle, in which no leaf outside of the mask is due."""
-    metrics, gradients = _gradients(recipe, variant.mask, params, batch, kwargs)
-    if variant.kind == "prefix":
-        # What stands in front of the schedule in a chain must not see more gradients
-        # than with an exact mask.
-        due = active(opt_state, params, recipe.index)
-        zero_unless = lambda on, g: jnp.where(on, g, jnp.zeros_like(g))
-        gradients = jax.tree.map(zero_unless, due, gradients)
-    place = _find_place(opt_state, params, recipe.index)
-    shown = _mid_cycle(place, opt_state)
-    updates, new_state = recipe.tx.update(gradients, shown, params)
-    new_params = optax.apply_updates(params, updates)
-    new_state = _restore(place, new_state, opt_state)
-    if variant.kind == "exact" and place.alone:
-        return *_unmoved(
-            variant.mask, new_params, new_state, params, opt_state
-        ), metrics
-    return new_params, new_state, metrics
-
-
-def _mid_cycle(place: _Place, opt_state: Any) -> Any:
-    """The state with a step that XLA can see is not the first of a cycle.
-
-    So that it drops the program for new quotas, of which there would be one in each
-    variant. Each step gets the rank of the present one, hence the same units are due.
-    """
-    if place.holder is not None:
-        return opt_state
-    leaves, treedef = jax.tree.flatten(opt_state)
-    step, rank = leaves[place.step], leaves[place.rank]
-    leaves[place.step] = jnp.int32(1)
-    leaves[place.rank] = jnp.broadcast_to(rank[step % rank.size], rank.shape)
-    return treedef.unflatten(leaves)
-
-
-def _restore(place: _Place, new_state: Any, opt_state: Any) -> Any:
-    """Undoes `_mid_cycle` after the update."""
-    if place.holder is not None:
-        return new_state
-    old, treedef = jax.tree.flatten(opt_state)
-    leaves = jax.tree.leaves(new_state)
-    leaves[place.step] = optax.safe_increment(old[place.step])
-    leaves[place.rank] = old[place.rank]
-    return treedef.unflatten(leaves)
-
-
-def _unmoved(
-    mask: StaticMask, new_params: Any, new_state: Any, params: Any, opt_state: Any
-) -> tuple[Any, Any]:
-    """The same values, in a way that XLA can see that those at rest have not moved.
-
-    A leaf at rest under `prioritize` keeps its value (where nothing comes after in a
-    chain) and its part of the inner state.
-    """
-    choose = lambda on, new, old: new if on else old
-    is_ours = lambda x: isinstance(x, PrioritizeState)
-    last = opt_state
-    while type(last) is tuple and last:
-        last = last[-1]
-    if is_ours(last):
-        new_params = jax.tree.map(choose, mask.tree, new_params, params)
-    shapes = jax.tree.map(jnp.shape, params)
-
-    def like_params(x):
-        same = jax.tree.structure(x) == mask.treedef
-        return same and jax.tree.map(jnp.shape, x) == shapes
-
-    def merge(new, old):
-        whole = like_params(new) and mask.treedef != jax.tree.structure(0)
-        return jax.tree.map(choose, mask.tree, new, old) if whole else new
-
-    def inner(new, old):
-        if not is_ours(new):
-            return new
-        kept = jax.tree.map(merge, new.inner, old.inner, is_leaf=like_params)
-        return new._replace(inner=kept)
-
-    return new_params, jax.tree.map(inner, new_state, opt_state, is_leaf=is_ours)
-
-
-def _summarize(opt_state: Any, params: Any, index: int | None) -> jax.Array:
-    """The step, the rank of each step of a cycle, and the largest quota of each leaf.
-
-    A unit is due at step r of the cycle iff its quota is larger than ``rank[r]``.
-    """
-    state = find_state(opt_state, params, index)
-    n, quotas = state.sizes.size, jax.tree.leaves(state.quotas)
-    if len(quotas) == n:
-        most = [jnp.max(q, initial=0).astype(jnp.int32) for q in quotas]
-        most = jnp.stack(most) if most else jnp.zeros((0,), jnp.int32)
-    else:
-        units = quotas[0].size
-        owner = jnp.repeat(jnp.arange(n), state.sizes, total_repeat_length=units)
-        most = jax.ops.segment_max(quotas[0].astype(jnp.int32), owner, n)
-    return jnp.concatenate([state.step[None], state.rank, most])
-
-
-# What the host knows.
 
 
 def _read(x: Any) -> np.ndarray:
@@ -249,38 +67,27 @@ def _any_traced(tree: Any) -> bool:
     return any(issubclass(kind, jax.core.Tracer) for kind in kinds)
 
 
-def _ours(tree: Any) -> list[PriorityPropState]:
-    is_ours = lambda x: isinstance(x, PriorityPropState)
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_ours) if is_ours(x)]
-
-
-def _find_place(opt_state: Any, params: Any, index: int | None) -> _Place:
-    leaves, treedef = jax.tree.flatten(opt_state)
-    for state in _ours(opt_state):
-        if shape := np.shape(jax.tree.leaves(state.step)[0]):
-            raise ValueError(
-                f"the step in opt_state must be a scalar, got shape {shape}: for a "
-                f"stack of states make a step with mode='dynamic' and map that"
-            )
-    find_state(opt_state, params, index)  # raises if there is none to speak of
-    found = _ours(treedef.unflatten(range(len(leaves))))
-    place = found[index or 0]
-    (step,), (rank,) = jax.tree.leaves(place.step), jax.tree.leaves(place.rank)
-    quotas = tuple(jax.tree.leaves(place.quotas))
-    target, holder, node = _ours(opt_state)[index or 0], None, opt_state
-    while node is not target:
-        if type(node) not in _CONTAINERS and not isinstance(node, _IN_STEP):
-            holder = type(node).__name__
-        below = jax.tree.leaves(node, is_leaf=lambda x, node=node: x is not node)
-        node = next(x for x in below if any(y is target for y in _ours(x)))
-    return _Place(step, rank, quotas, len(found) == 1, holder)
-
-
-def _masks(summary: np.ndarray, length: int, treedef: Any) -> list[StaticMask]:
-    """Which leaves are due at each step of a cycle."""
+def _masks(
+    summary: np.ndarray, length: int, treedef: Any, rows: Sequence[int | None]
+) -> list[StaticMask]:
+    """Which leaves are due at each step of a cycle, by row where there are rows."""
     rank, most = summary[1 : 1 + length], summary[1 + length :]
-    due = [most > rank[r] if r else np.ones_like(most, bool) for r in range(length)]
-    return [StaticMask(tuple(map(bool, on)), treedef) for on in due]
+    ends = np.cumsum([1 if n is None else n for n in rows])
+    by_leaf = np.split(most, ends[:-1]) if len(rows) else []
+
+    def mask(r):
+        due = [tuple((q > rank[r]).tolist()) if r else (True,) for q in by_leaf]
+        return tuple(all(d) if all(d) == any(d) else d for d in due)
+
+    return [StaticMask(mask(r), treedef) for r in range(length)]
+
+
+def _rows(params: Any, units: Any) -> list[int | None]:
+    """For each leaf the number of rows, or None where it is due as a whole."""
+    leaves = jax.tree.leaves(params)
+    if units is None or (axes := layout(params, units).axes) is None:
+        return [None] * len(leaves)
+    return [p.shape[0] if 0 in a else None for p, a in zip(leaves, axes, strict=True)]
 
 
 def _prefix(mask: StaticMask, depths: Sequence[int], levels: int) -> StaticMask:
@@ -318,7 +125,7 @@ class TrainStep:
 
     def __init__(
         self,
-        recipe: _Recipe,
+        recipe: Recipe,
         mode: str,
         donate: bool,
         max_variants: int,
@@ -332,10 +139,9 @@ class TrainStep:
         self._levels = max(1, max_variants // 4)
         self._room = max_variants - 1 - self._levels  # for exact masks
         self._compile_ahead = compile_ahead
-        self._dynamic = self._jit(functools.partial(_dynamic, recipe))
-        summarize = functools.partial(_summarize, index=recipe.index)
-        self._summarize = jax.jit(summarize)
-        self._places: dict[Any, _Place] = {}
+        self._dynamic = self._jit(functools.partial(dynamic_step, recipe))
+        self._summarize = jax.jit(functools.partial(summarize, recipe))
+        self._places: dict[Any, Place] = {}
         self._depths: dict[Any, list[int]] = {}
         self._ahead: dict[Variant, Future] = {}
         self._calls = 0
@@ -366,13 +172,13 @@ class TrainStep:
                     "steps, so it cannot be called inside of jit, scan, vmap, pmap or "
                     "shard_map: make one with mode='dynamic' (or 'auto')"
                 )
-            return _dynamic(self._recipe, *call, **kwargs)
+            return dynamic_step(self._recipe, *call, **kwargs)
         if self.mode == "dynamic":
             return self._dynamic(*call, **kwargs)
         leaves, treedef = jax.tree.flatten(opt_state)
         place = self._places.get(treedef)
         if place is None:
-            place = _find_place(opt_state, params, self._recipe.index)
+            place = find_place(opt_state, params, self._recipe.index)
             self._places[treedef] = place
             self._decide_early(place, np.size(leaves[place.rank]))
             if self.mode == "dynamic":
@@ -411,9 +217,9 @@ class TrainStep:
     def _program(self, variant: Variant) -> Any:
         if variant not in self.variants:
             if variant.kind == "first":
-                program = functools.partial(_first, self._recipe)
+                program = functools.partial(first_step, self._recipe)
             else:
-                program = functools.partial(_later, self._recipe, variant)
+                program = functools.partial(later_step, self._recipe, variant)
             self.variants[variant] = self._jit(program)
         return self.variants[variant]
 
@@ -421,7 +227,7 @@ class TrainStep:
         self.mode, self.reason = mode, reason
         _log.info("training step: mode %r, as %s", mode, reason)
 
-    def _decide_early(self, place: _Place, length: int) -> None:
+    def _decide_early(self, place: Place, length: int) -> None:
         """What can be known before the first step."""
         held = f"the schedule is inside of a {place.holder}, which may hold it back"
         if self.mode == "auto" and jax.process_count() > 1:
@@ -435,7 +241,7 @@ class TrainStep:
                 "static", f"asked for; reads the state at every step, as {held}"
             )
 
-    def _recall(self, place: _Place, leaves: list) -> _Cycle:
+    def _recall(self, place: Place, leaves: list) -> _Cycle:
         """What is known of the run that this state belongs to; else reads its step."""
         known = self._known.get(id(leaves[place.step]))
         watched = (leaves[i] for i in (place.step, place.rank, *place.quotas))
@@ -445,7 +251,7 @@ class TrainStep:
             return known[1]
         return _Cycle(int(_read(leaves[place.step])), None, {})
 
-    def _remember(self, place: _Place, opt_state: Any, cycle: _Cycle) -> None:
+    def _remember(self, place: Place, opt_state: Any, cycle: _Cycle) -> None:
         if place.holder is not None:
             return
         leaves = jax.tree.leaves(opt_state)
@@ -466,7 +272,8 @@ class TrainStep:
                 f"opt_state is at step {summary[0]} where {cycle.step} was expected: "
                 f"something in tx holds priority_prop back, so use mode='dynamic'"
             )
-        masks = _masks(summary, length, jax.tree.structure(params))
+        rows = _rows(params, self._recipe.units)
+        masks = _masks(summary, length, jax.tree.structure(params), rows)
         if self.mode == "auto":
             self._decide(len(set(masks[1:])))
         now, new, plan = cycle.step % length, [], {}
@@ -542,6 +349,7 @@ def make_train_step(
     has_aux: bool = False,
     *,
     index: int | None = None,
+    units: Any = None,
     donate: bool = True,
     max_variants: int = 32,
     compile_ahead: bool = True,
@@ -579,6 +387,8 @@ def make_train_step(
       mode: ``"auto"``, ``"static"`` or ``"dynamic"``.
       has_aux: whether `loss_fn` returns a pair.
       index: which `PriorityPropState`, where `tx` has several.
+      units: what the transformation was given as `units`, so that leaves with units
+        along their first axis, layers stacked for a `jax.lax.scan`, rest by layer.
       donate: whether params and state are given up to the step, which reuses their
         memory.
       max_variants: bound for the number of programs in static mode, at least 2. A
@@ -621,5 +431,5 @@ def make_train_step(
             f"prioritize(optax.adam(1e-3), budget=0.5)"
         )
     check_count("max_variants", max_variants, least=2, static=True)
-    recipe = _Recipe(loss_fn, tx, has_aux, index)
+    recipe = Recipe(loss_fn, tx, has_aux, index, units)
     return TrainStep(recipe, mode, donate, max_variants, compile_ahead)
