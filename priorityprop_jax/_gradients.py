@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._masks import leaf_masks, LeafMask
-from .propagation._gated import gated_value_and_grad, zeros_like
+from .propagation._gated import gated_value_and_grad
+from .propagation._rules import zeros_like
 
 
 def value_and_grad(

@@ -453,6 +453,7 @@ _RULES: dict[str, Callable[..., _Outs]] = {
     "split": _along("axis"),
     "stack": _stack,  # this, and unstack, from JAX 0.12 on
     "squeeze": _squeeze,
+    "tag": lambda eqn, given, size: [given[0]],
     "top_k": _along("axis"),
     "transpose": _transpose,
     "unstack": _unstack,

@@ -318,7 +318,7 @@ class _Builder:
 
     def _step(self, op: Operation, rule: Rule, ins: list[int]) -> list[int]:
         depends = functools.reduce(lambda a, b: a | b, op.depends, 0)
-        if rule is _STOP or (rule is VJP and op.name in _FLAT):
+        if rule is STOP or (rule is VJP and op.name in _FLAT):
             depends = 0
         given = any(op.given)
         aligned = op.name in _ALIGNED and op.aligned[0]
@@ -625,13 +625,13 @@ def _while_backward(op: Operation, residuals: Any, messages: list[Any]) -> list[
 
 
 _REMAT = Rule(_again_forward, _remat_backward)
-_STOP = Rule(MISSING.forward, MISSING.backward)  # no message comes past
+STOP = Rule(MISSING.forward, MISSING.backward)  # no message comes past
 _STRUCTURE = {
     "scan": Rule(_scan_forward, _scan_backward),
     "cond": Rule(_again_forward, _cond_backward),
     "remat": _REMAT,
     "remat2": _REMAT,
     "checkpoint": _REMAT,
-    "stop_gradient": _STOP,
+    "stop_gradient": STOP,
     "while": Rule(MISSING.forward, _while_backward),
 }

@@ -28,6 +28,8 @@ class Operation(NamedTuple):
       given: for each input, whether anything else than those and numbers went into it:
         whether it is data, and no parameter.
       aligned: for each input, whether it is an argument, or one cast to another type.
+        In the body of a loop or branch the arguments are those of the body, here and
+        in `depends`.
       bind: computes the outputs, a list, from the inputs.
       equations: of the jaxpr.
       where: file and line in the user's program, as far as known.
@@ -138,6 +140,11 @@ def zeros_of(kind: Any) -> jax.Array:
     return jax.lax.full_like(type_of(kind), 0)
 
 
+def zeros_like(x: Any) -> jax.Array:
+    """Zeros of the shape, dtype, weakness and sharding of an array."""
+    return jax.lax.full_like(x, 0)
+
+
 def type_of(kind: Any, rows: bool = False) -> jax.ShapeDtypeStruct:
     """A type as jax takes it; or that of the entries along the first axis."""
     shape, sharding = kind.shape, getattr(kind, "sharding", None)
@@ -182,7 +189,8 @@ class Rules(NamedTuple):
         ``"tag:pixels"`` or ``"custom_jvp_call:relu"``, which take precedence.
       default: for all others: the VJP of the primitive. With None they are an error,
         once a message reaches them; calls, loops and branches are then walked through.
-      add: the sum of two messages to one value.
+      add: the sum of two messages to one value. Zeros should change nothing: they stand
+        for no message where loops and branches need one.
       group: ``(equations) -> [(name, equations), ...]``: the equations of a jaxpr in an
         order in which they can run, those together that are one operation. Groups of
         one keep the name of their primitive.
