@@ -42,26 +42,30 @@ class Case(NamedTuple):
 
 
 def cycle_of_steps(
-    step: Callable[..., Any], params: Any, state: Any, *arguments: Any
+    step: Callable[..., Any],
+    params: Any,
+    state: Any,
+    *arguments: Any,
+    steps: int = 10,
 ) -> Case:
     """Ten calls of ``step(params, state, ...)``, both donated and passed on.
 
     Each sample has params and state of its own: where in memory they happen to lie
-    makes a step faster or slower by a third.
+    makes a step faster or slower by a third. For long steps, `steps` may be fewer.
     """
     start = params, state
     held = [jax.tree.map(jnp.copy, start)]
     compiled = jax.jit(step, donate_argnums=(0, 1))
 
     def cycle(*arguments):
-        for _ in range(10):
+        for _ in range(steps):
             held[0] = compiled(*held[0], *arguments)
         return held[0]
 
     def renew():
         held[0] = jax.tree.map(jnp.copy, start)
         held[0] = jax.block_until_ready(compiled(*held[0], *arguments))
-        for _ in range(9):  # so that a sample begins with a cycle
+        for _ in range(steps - 1):  # so that a sample begins with a cycle
             held[0] = compiled(*held[0], *arguments)
         jax.block_until_ready(held[0])
 
@@ -84,6 +88,7 @@ class Timing(NamedTuple):
     ratio: Quartiles  # to the first case, within a round
     rounds: int
     calls: int  # in each round
+    samples: tuple[float, ...] = ()  # seconds of one call, by round
 
 
 def compare(
@@ -123,9 +128,17 @@ def compare(
             ratio=_quartiles([s / b for s, b in zip(seconds, base, strict=True)]),
             rounds=rounds,
             calls=calls[name],
+            samples=tuple(seconds),
         )
         for name, seconds in samples.items()
     ]
+
+
+def ratio(timing: Timing, base: Timing) -> Quartiles:
+    """Of the times of two cases of one `compare`, within a round."""
+    return _quartiles(
+        [s / b for s, b in zip(timing.samples, base.samples, strict=True)]
+    )
 
 
 def _compile(case: Case) -> tuple[float, float | None]:
@@ -173,6 +186,7 @@ def as_rows(timings: Sequence[Timing], **labels: Any) -> list[dict[str, Any]]:
     rows = []
     for timing in timings:
         row = timing._asdict()
+        del row["samples"]
         row["seconds"] = timing.seconds._asdict()
         row["ratio"] = timing.ratio._asdict()
         rows.append({**labels, **row})
