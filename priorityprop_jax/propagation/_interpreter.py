@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._rules import (
@@ -220,7 +221,7 @@ class _Builder:
             if isinstance(atom, jex.Var):
                 return numbers[atom]
             if id(atom) not in literals:
-                literals[id(atom)] = self.constant(atom.val, given=False)
+                literals[id(atom)] = self.constant(_number(atom.val), given=False)
             return literals[id(atom)]
 
         for name, equations in self._groups(jaxpr.eqns):
@@ -328,6 +329,12 @@ class _Builder:
         ]
         self.steps.append(Step(op, rule if depends else None, tuple(ins), tuple(outs)))
         return outs
+
+
+def _number(x: Any) -> Any:
+    """A literal as something to compute with: some of jax's own are not."""
+    known = isinstance(x, int | float | complex | np.generic | np.ndarray | jax.Array)
+    return x if known else np.asarray(x)
 
 
 def _ends(jaxpr: Any, equations: Sequence[Any]) -> tuple[list[Any], list[Any]]:

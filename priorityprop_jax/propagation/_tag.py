@@ -120,7 +120,7 @@ def tag_info(operation: Operation, x: Any, arrays: Sequence[Any]) -> dict[str, A
       ...     propagate, Rule, Rules, tag, tag_info, VJP
       ... )
       >>> def forward(op, x, *arrays):
-      ...     print(op.label, tag_info(op, x, arrays)["scale"])
+      ...     print(op.label, float(tag_info(op, x, arrays)["scale"]))
       ...     return VJP.forward(op, x, *arrays)
       >>> rules = Rules({"tag": Rule(forward, VJP.backward)})
       >>> run = propagate(lambda x: tag(x, "state", scale=jnp.array(0.5)), rules)
