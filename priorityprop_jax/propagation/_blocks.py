@@ -81,10 +81,18 @@ def narrowest(messages: Sequence[Message | None]) -> int:
 
 
 def graph_of(messages: Sequence[Message | None]) -> Graph:
+    """The graph that messages belong to."""
     return next(m.graph for m in messages if m is not None)
 
 
+def given_messages(silent: Sequence[bool], arrived: Sequence[Any]) -> list[Any]:
+    """What has arrived at the outputs of an operation, with None where nothing has."""
+    waiting = iter(arrived)
+    return [None if s else next(waiting) for s in silent]
+
+
 def add(a: Message, b: Message) -> Message:
+    """The sum of two messages to one value."""
     node = a.graph.node(
         narrowest([a, b]), [a, b], lambda read, arrived: [arrived[0] + arrived[1]]
     )
@@ -196,6 +204,7 @@ class _Run:
 
 
 def typed(x: Any, kind: Any) -> Any:
+    """A cotangent in the dtype of what it is sent to."""
     return x if x.dtype == kind.dtype else lax.convert_element_type(x, kind.dtype)
 
 
@@ -362,5 +371,6 @@ def _mask(x: Any, predicate: Predicate, exact: bool) -> Any:
 
 
 def is_scalar(graph: Graph, depends: int) -> bool:
+    """Whether an argument is active or not as a whole."""
     predicate = graph.predicates[depends.bit_length() - 1]
     return isinstance(predicate, bool) or not jnp.ndim(predicate)

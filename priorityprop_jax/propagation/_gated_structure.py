@@ -10,6 +10,7 @@ from jax import lax
 
 from ._blocks import (
     gated_vjp,
+    given_messages,
     Graph,
     graph_of,
     is_scalar,
@@ -54,8 +55,7 @@ def _opaque_backward(
 
     def run(read, arrived):
         del read
-        waiting = iter(arrived)
-        given = [None if s else next(waiting) for s in silent]
+        given = given_messages(silent, arrived)
         sent = VJP.backward(op, residuals, given)
         return [sent[i] for i in places]
 
@@ -110,11 +110,7 @@ def _remat_backward(op: Operation, residuals: Any, messages: list) -> list:
         if op.params.get("prevent_cse", True):
             inputs = barrier(inputs)
         _, inner = forward(program, inputs)
-        waiting = iter(arrived)
-        given = [
-            None if s or not is_inexact(t) else next(waiting)
-            for s, t in zip(silent, op.outputs, strict=True)
-        ]
+        given = given_messages(silent, arrived)
         found = gated_vjp(program, inner, given, _predicates_of(graph, op, places))
         return [
             zeros_of(op.inputs[i]) if found[i] is None else found[i] for i in places
@@ -190,8 +186,7 @@ def _scan_backward(op: Operation, residuals: Saved, messages: list) -> list:
 
     def run(read, arrived):
         del read
-        waiting = iter(arrived)
-        given = [None if s else next(waiting) for s in silent]
+        given = given_messages(silent, arrived)
         found = _scan_back(op, residuals, given, _predicates_of(graph, op, rows))
         return [found[i] for i in places]
 

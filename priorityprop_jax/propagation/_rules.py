@@ -5,7 +5,7 @@ per sample, or a node of a graph that is evaluated later. Only rules look into m
 the interpreter hands them on, and adds them up where a value was used more than once.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -268,11 +268,10 @@ def _conform_array(x: Any, like: Any) -> jax.Array:
     return vary(x, axes_of(like))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["static"]
-)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class Saved:
     """Arrays to remember, and what is known about them while tracing."""
 
-    def __init__(self, arrays: Any, static: Any):
-        self.arrays, self.static = arrays, static
+    arrays: Any
+    static: Any = dataclasses.field(metadata={"static": True})
