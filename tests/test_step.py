@@ -7,6 +7,7 @@ which computes all gradients; masks with `schedule` and the quotas.
 import collections
 import contextlib
 import functools
+import json
 import logging
 import re
 
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 from helpers import ours, quick_vector, slow_unless
 from models import affine, dense, draw, mlp, squares
 from priorityprop_jax import (
+    active,
     prioritize,
     priority_prop,
     schedule,
@@ -725,3 +727,63 @@ def test_rows_of_a_stack_rest_by_themselves(mode):
         rows = {mask.leaves[1] for mask in step.account}
         assert any(isinstance(x, tuple) for x in rows)
         assert sum(step.account.values()) == 9
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_metrics_say_who_was_due(mode):
+    tx = build("prioritize adam", **RANDOM)
+    step, p = make_train_step(loss, tx, mode), params()
+    s = tx.init(p)
+    for batch in batches(CYCLE + 2):
+        want = jax.tree.leaves(active(s, p))
+        p, s, metrics = step(p, s, *batch)
+        assert metrics.due.dtype == bool and metrics.due.shape == (len(want),)
+        np.testing.assert_array_equal(metrics.due, want)
+        assert isinstance(metrics.due, np.ndarray) == (mode == "static")
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_loss_goes_to_those_who_ask_for_it(mode):
+    """`reduce_on_plateau` needs ``value=``; the same by hand is the reference."""
+    inner = build("prioritize adam", score=FIXED)
+    tx = optax.chain(inner, optax.contrib.reduce_on_plateau(0.5, patience=0))
+
+    @jax.jit
+    def plain(p, s, *batch):
+        value, gradients = jax.value_and_grad(loss)(p, *batch)
+        updates, s = tx.update(gradients, s, p, value=value)
+        return optax.apply_updates(p, updates), s, value
+
+    data = batches(2 * CYCLE)
+    got = train(make_train_step(loss, tx, mode), tx, data)
+    assert_close(got, train(plain, tx, data))
+    assert float(optax.tree.get(got[1], "scale")) < 1
+
+
+@pytest.mark.parametrize("at", [1, CYCLE + 2, 3 * CYCLE, 4 * CYCLE + 3])
+@pytest.mark.parametrize("mode", ["auto", "static", "dynamic"])
+def test_a_resumed_step_takes_the_same_programs(mode, at):
+    """Some of them for prefixes, which round differently: equal to the last bit."""
+    tx, data = build("before sgd", **RANDOM), batches(6 * CYCLE)
+    whole = make_train_step(loss, tx, mode, max_variants=6)
+    want = train(whole, tx, data)[:2]
+    first = make_train_step(loss, tx, mode, max_variants=6)
+    p, s, _ = train(first, tx, data[:at])
+    saved = json.loads(json.dumps(first.state_dict()))
+    second = make_train_step(loss, tx, mode, max_variants=6)
+    second.load_state_dict(saved, p)
+    assert_equal(train(second, tx, data[at:], p, s)[:2], want)
+    assert second.account == whole.account and second.computed == whole.computed
+    assert second.mode == whole.mode
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_saved_steps_that_do_not_fit():
+    tx = build("before sgd", score=FIXED)
+    step = make_train_step(loss, tx, "static")
+    train(step, tx, batches(2))
+    saved = step.state_dict()
+    with pytest.raises(ValueError, match=r"saved step was 'static': .*mode='auto'"):
+        make_train_step(loss, tx, "dynamic").load_state_dict(saved, params())
+    with pytest.raises(ValueError, match=r"of \d+ leaves, these have 1"):
+        make_train_step(loss, tx).load_state_dict(saved, jnp.ones(3))

@@ -39,12 +39,15 @@ class Metrics(NamedTuple):
       >>> params = {"w": jnp.ones(3)}
       >>> step = make_train_step(lambda p, x: jnp.sum(p["w"] * x), tx)
       >>> params, state, metrics = step(params, tx.init(params), 2.0)
-      >>> print(metrics.loss, metrics.aux)
-      6.0 None
+      >>> print(metrics.loss, metrics.aux, metrics.due)
+      6.0 None [ True]
     """
 
     loss: jax.Array  # before the update; shape=()
     aux: Any  # what `loss_fn` returned next to it; None without has_aux
+    # Which leaves were due, or any row of them; shape=(leaves,), dtype=bool. On the
+    # host in static mode, on the device in dynamic mode.
+    due: Any = None
 
 
 class Variant(NamedTuple):
@@ -88,19 +91,29 @@ def _gradients(
     return Metrics(loss, aux), gradients
 
 
+def _update(
+    recipe: Recipe, metrics: Metrics, gradients: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The new params and the new state. The loss goes to those who ask for `value`."""
+    tx = optax.with_extra_args_support(recipe.tx)
+    updates, state = tx.update(gradients, opt_state, params, value=metrics.loss)
+    return optax.apply_updates(params, updates), state
+
+
 def dynamic_step(recipe: Recipe, params, opt_state, *batch, **kwargs):
     """Any step."""
     due = active(opt_state, params, recipe.index, recipe.units)
     metrics, gradients = _gradients(recipe, due, params, batch, kwargs)
-    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params, opt_state = _update(recipe, metrics, gradients, opt_state, params)
+    by_leaf = [jnp.any(x) for x in jax.tree.leaves(due)]
+    vector = jnp.stack(by_leaf) if by_leaf else jnp.zeros(0, bool)
+    return params, opt_state, metrics._replace(due=vector)
 
 
 def first_step(recipe: Recipe, params, opt_state, *batch, **kwargs):
     """The first step of a cycle; returns a summary of the new state, too."""
     metrics, gradients = _gradients(recipe, None, params, batch, kwargs)
-    updates, opt_state = recipe.tx.update(gradients, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params, opt_state = _update(recipe, metrics, gradients, opt_state, params)
     return params, opt_state, metrics, summarize(recipe, opt_state, params)
 
 
@@ -114,8 +127,7 @@ def later_step(recipe: Recipe, variant: Variant, params, opt_state, *batch, **kw
         gradients = jax.tree.map(_zero_unless, due, gradients)
     place = find_place(opt_state, params, recipe.index)
     shown = _mid_cycle(place, opt_state)
-    updates, new_state = recipe.tx.update(gradients, shown, params)
-    new_params = optax.apply_updates(params, updates)
+    new_params, new_state = _update(recipe, metrics, gradients, shown, params)
     new_state = _restore(place, new_state, opt_state)
     if variant.kind == "exact" and place.alone:
         return *_unmoved(

@@ -82,6 +82,11 @@ def _masks(
     return [StaticMask(mask(r), treedef) for r in range(length)]
 
 
+def _by_leaf(mask: StaticMask) -> np.ndarray:
+    """Which leaves are due, or any row of them."""
+    return np.array([np.any(x) for x in mask.leaves], bool)
+
+
 def _rows(params: Any, units: Any) -> list[int | None]:
     """For each leaf the number of rows, or None where it is due as a whole."""
     leaves = jax.tree.leaves(params)
@@ -100,6 +105,30 @@ def _prefix(mask: StaticMask, depths: Sequence[int], levels: int) -> StaticMask:
     )
     level = next(end for end in ends if end >= lowest)
     return StaticMask(tuple(d <= level for d in depths), mask.treedef)
+
+
+def _covers(variant: Variant, due: StaticMask) -> bool:
+    """Whether a program is one for this mask."""
+    if variant.kind == "exact":
+        return variant.mask == due
+    pairs = zip(_by_leaf(variant.mask), _by_leaf(due), strict=True)
+    return all(computed or not on for computed, on in pairs)
+
+
+def _dump(mask: StaticMask | Variant) -> list[Any]:
+    if isinstance(mask, Variant):
+        return [_dump(mask.mask), mask.kind]
+    return [list(x) if isinstance(x, tuple) else x for x in mask.leaves]
+
+
+def _load_mask(saved: list[Any], treedef: Any) -> StaticMask:
+    if len(saved) != treedef.num_leaves:
+        raise ValueError(
+            f"the saved step is for params of {len(saved)} leaves, these have "
+            f"{treedef.num_leaves}"
+        )
+    leaves = (tuple(map(bool, x)) if isinstance(x, list) else bool(x) for x in saved)
+    return StaticMask(tuple(leaves), treedef)
 
 
 class TrainStep:
@@ -146,6 +175,8 @@ class TrainStep:
         self._ahead: dict[Variant, Future] = {}
         self._calls = 0
         self._used: dict[Variant, int] = {}  # the call that last planned to
+        # The programs planned for the steps from the first one on.
+        self._planned: tuple[int, dict[int, Variant]] = 0, {}
         # By the id of the step in the state that was returned.
         self._known: collections.OrderedDict[int, tuple[list, _Cycle]]
         self._known = collections.OrderedDict()
@@ -201,6 +232,7 @@ class TrainStep:
         if variant in self._ahead:
             self._ahead.pop(variant).result()
         params, opt_state, metrics, *summary = program(*call, **kwargs)
+        metrics = metrics._replace(due=_by_leaf(due))
         self.account[due] += 1
         self.computed[variant.mask] += 1
         cycle = cycle._replace(step=min(cycle.step + 1, _LAST))
@@ -210,6 +242,75 @@ class TrainStep:
                 summary[0].copy_to_host_async()
         self._remember(place, opt_state, cycle)
         return params, opt_state, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to take the same programs; plain, for JSON.
+
+        That they are the same matters for bits alone: programs for other masks round
+        differently. Params and optimizer state are saved by other means.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax
+          >>> from priorityprop_jax import make_train_step, prioritize
+          >>> tx = prioritize(optax.sgd(0.1), budget=0.5)
+          >>> step = make_train_step(lambda p, x: jnp.sum(p * x), tx, mode="static")
+          >>> step.state_dict()["mode"]
+          'static'
+        """
+        first, planned = self._planned
+        return {
+            "mode": self.mode,
+            "reason": self.reason,
+            "calls": self._calls,
+            "used": [[_dump(v), call] for v, call in self._used.items()],
+            "planned": [first, [[r, _dump(v)] for r, v in planned.items()]],
+            "account": [[_dump(m), n] for m, n in self.account.items()],
+            "computed": [[_dump(m), n] for m, n in self.computed.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], params: optax.Params) -> None:
+        """Goes on like the step that `state` is from, which `state_dict` returned.
+
+        Args:
+          state: as it was returned, or read back from JSON.
+          params: the pytree to be trained; its structure is used.
+
+        Raises:
+          ValueError: `state` is about another number of leaves, or of the other mode
+            where this one was asked for.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax
+          >>> from priorityprop_jax import make_train_step, prioritize
+          >>> tx = prioritize(optax.sgd(0.1), budget=0.5)
+          >>> loss = lambda p, x: jnp.sum(p * x)
+          >>> step, params = make_train_step(loss, tx), jnp.ones(3)
+          >>> _ = step(jnp.ones(3), tx.init(params), 1.0)
+          >>> again = make_train_step(loss, tx)
+          >>> again.load_state_dict(step.state_dict(), params)
+          >>> again.account == step.account
+          True
+        """
+        treedef = jax.tree.structure(params)
+        if self._asked not in ("auto", state["mode"]) and state["mode"] != "auto":
+            raise ValueError(
+                f"mode={self._asked!r}, but the saved step was {state['mode']!r}: to "
+                f"round alike, make one with mode='auto' or mode={state['mode']!r}"
+            )
+        mask = functools.partial(_load_mask, treedef=treedef)
+        variant = lambda saved: Variant(mask(saved[0]), saved[1])
+        account = {mask(m): n for m, n in state["account"]}
+        computed = {mask(m): n for m, n in state["computed"]}
+        used = {variant(v): call for v, call in state["used"]}
+        first, planned = state["planned"]
+        self._planned = first, {r: variant(v) for r, v in planned}
+        self.mode, self.reason = state["mode"], state["reason"]
+        self._calls, self._used = state["calls"], used
+        self.account, self.computed = map(collections.Counter, (account, computed))
+        self.variants, self._ahead = {}, {}
+        self._known.clear()
+        for known in used:
+            self._program(known)
 
     def _jit(self, program: Callable[..., Any]) -> Any:
         return jax.jit(program, donate_argnums=(0, 1) if self._donate else ())
@@ -277,8 +378,14 @@ class TrainStep:
         if self.mode == "auto":
             self._decide(len(set(masks[1:])))
         now, new, plan = cycle.step % length, [], {}
+        first = cycle.step - now
+        before = self._planned[1] if self._planned[0] == first else {}
         for r in range(now, length) if self.mode == "static" else ():
             variant = Variant(masks[r], "exact")
+            if r in before and _covers(before[r], masks[r]):  # resumed
+                self._program(before[r])
+                plan[r] = masks[r], before[r]
+                continue
             if not self._has_room(variant, length):
                 if self._asked == "auto":
                     bound = f"the masks outgrew the {self._room} programs for them"
@@ -295,6 +402,7 @@ class TrainStep:
         ahead = self._compile_ahead and jax.process_count() == 1
         if self.mode == "static" and ahead and len(new) > 1:
             self._compile(new, call, kwargs)
+        self._planned = first, {r: variant for r, (_, variant) in plan.items()}
         return cycle._replace(summary=None, plan=plan)
 
     def _decide(self, masks: int) -> None:
