@@ -31,7 +31,11 @@ def value_and_grad(
     * JAX arrays are **dynamic**. One program serves all masks: `jax.lax.cond` around
       each part of the backward pass, the false branch being zeros. For masks that
       change inside of jit, scan, pmap or shard_map; what the backward pass may need is
-      saved in any case. Under `jax.vmap` over the mask both branches run.
+      saved in any case. So next to it, behind a conditional around forward and backward
+      pass, there are a program for masks in which all are active, and one or two for
+      those in which only leaves near the loss are; unless `fun` is small, or has side
+      effects or collectives. Under `jax.vmap` over the mask, one of these programs runs
+      for all members, and both branches of each conditional in it.
 
     For leaves that are stacked for a `jax.lax.scan`, a bool may be a vector with one
     for each entry of the first axis; the work in the scan is then left out layer by

@@ -12,6 +12,7 @@ import re
 
 import chex
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import models
 from helpers import kinds, slow_unless
 from models import affine, dense, draw, mlp, MODELS, squares
 from priorityprop_jax import grad, static_mask, value_and_grad
+from priorityprop_jax.propagation import _levels
 
 
 # A static mask leaves the backward pass to JAX: what may differ is the tree, not the
@@ -43,6 +45,17 @@ STATIC = (
 # Like "linen scan of remat", "rnn" and "plain mlp", to the interpreter.
 ALIKE = ("linen scan", "linen lstm", "inner jit", "keywords", "linen mlp")
 both = pytest.mark.parametrize("kind", ["static", "dynamic"])
+
+
+@pytest.fixture(autouse=True)
+def levels(monkeypatch):
+    """Several programs for a traced mask, which are not worth it for small models."""
+    monkeypatch.setattr(_levels, "_LEAST", 0)
+
+
+@pytest.fixture
+def one_program(monkeypatch, levels):
+    monkeypatch.setattr(_levels, "_LEAST", np.inf)
 
 
 def traceable(mask):
@@ -1030,7 +1043,7 @@ def dynamic_jaxpr(loss, mask, *args):
     return jax.make_jaxpr(ours)(traceable(mask), *args)
 
 
-def test_pass_through_is_the_false_branch():
+def test_pass_through_is_the_false_branch(one_program):
     """The other way round XLA copies what passes through."""
     jaxpr = dynamic_jaxpr(deep_loss, random_mask(DEEP_ARGS[0], 0), *DEEP_ARGS)
     conds = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "cond"]
@@ -1042,6 +1055,94 @@ def test_pass_through_is_the_false_branch():
         )
         assert products(false) == 0
     assert max(products(eqn.params["branches"][1]) for eqn in conds) > 1  # nested
+
+
+def outermost(jaxpr):
+    """The conditionals that are not inside of another."""
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
+
+
+def test_levels(monkeypatch):
+    """Which program runs, and what it computes, by how far down active leaves are."""
+    mask = random_mask(DEEP_ARGS[0], 0)
+    (cond,) = outermost(dynamic_jaxpr(deep_loss, mask, *DEEP_ARGS))
+    everything, any_of_them, half, last = cond.params["branches"]
+    assert not outermost(everything) and outermost(any_of_them)
+
+    def cost(branch):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in branch.in_avals]
+        return flops(jax.extend.core.jaxpr_as_fun(branch), *shapes)
+
+    for branch, active in [
+        (everything, (0, 1, 2, 3, 4)),
+        (any_of_them, (0, 1, 2, 3, 4)),
+        (half, (3, 4)),
+        (last, (4,)),
+    ]:
+        known = flops(ours_static(deep_loss, by_layer(*active)), *DEEP_ARGS)
+        assert cost(branch) == pytest.approx(known, rel=0.02)
+
+    taken = []
+
+    def switch(index, branches, original=lax.switch):
+        taken.append(int(index))
+        return original(index, branches)
+
+    monkeypatch.setattr(_levels.lax, "switch", switch)
+    for active, program in [
+        ((0, 1, 2, 3, 4), 0),
+        ((0, 4), 1),
+        ((0,), 1),
+        ((2, 4), 1),
+        ((3, 4), 2),
+        ((3,), 2),
+        ((4,), 3),
+        ((), 3),
+    ]:
+        value_and_grad(deep_loss)(*DEEP_ARGS, active=traceable(by_layer(*active)))
+        assert taken.pop() == program, active
+
+
+def test_levels_are_for_programs_that_are_worth_it(monkeypatch):
+    """Not for small ones, not where something is shared with other devices."""
+    mask = random_mask(DEEP_ARGS[0], 0)
+
+    def branches(loss, *args):
+        conds = outermost(dynamic_jaxpr(loss, mask, *args))
+        return [len(eqn.params["branches"]) for eqn in conds]
+
+    assert branches(deep_loss, *DEEP_ARGS) == [4]
+    monkeypatch.setattr(_levels, "_SHARES", {1 / 2: 5, 1 / 16: 2000})
+    assert branches(deep_loss, *DEEP_ARGS) == [3]
+
+    def printing(params, x, target):
+        jax.debug.print("{}", x[0, 0])
+        return deep_loss(params, x, target)
+
+    def averaged(mask, *args):
+        loss = lambda *args: lax.pmean(deep_loss(*args), "i")
+        return value_and_grad(loss)(*args, active=mask)
+
+    shared = jax.shard_map(averaged, mesh=mesh_of(), in_specs=P(), out_specs=P())
+    inside = equations(jax.make_jaxpr(shared)(traceable(mask), *DEEP_ARGS))
+    conds = [eqn for eqn in inside if eqn.primitive.name == "cond"]
+    assert {len(eqn.params["branches"]) for eqn in conds} == {2}
+    assert set(branches(printing, *DEEP_ARGS)) == {2}
+    monkeypatch.setattr(_levels, "_LEAST", 1e6)
+    assert set(branches(deep_loss, *DEEP_ARGS)) == {2}
+
+
+def test_levels_stay_conditionals_under_a_batch_of_masks():
+    """The level is the lowest of those that the members need."""
+    masks = [by_layer(4), by_layer(3)]
+    stacked = jax.tree.map(lambda *m: jnp.array(m), *masks)
+    f = lambda mask: value_and_grad(deep_loss)(*DEEP_ARGS, active=mask)
+    (cond,) = outermost(jax.make_jaxpr(jax.vmap(f))(stacked))
+    assert len(cond.params["branches"]) == 4
+    _, got = jax.jit(jax.vmap(f))(stacked)
+    expected = jax.grad(deep_loss)(*DEEP_ARGS)
+    for i, mask in enumerate(masks):
+        assert_gated(jax.tree.map(lambda g, i=i: g[i], got), expected, mask)
 
 
 def test_program_grows_with_the_depth():
@@ -1468,8 +1569,12 @@ def test_constants_of_an_outer_trace():
     assert outer(A * 3, mask, {"a": A, "b": A * 2}) == {"a": 6, "b": 0}
 
 
-def test_convolutions_in_conditionals_are_in_the_usual_order(quick_compilation):
+@pytest.mark.parametrize("programs", ["one_program", "levels"])
+def test_convolutions_in_conditionals_are_in_the_usual_order(
+    programs, request, quick_compilation
+):
     """In any other XLA:CPU is very slow at them, in a conditional."""
+    request.getfixturevalue(programs)
     shapes = {"a": (3, 3, 1, 2), "b": (3, 2, 2, 4)}
     params = {name: models.draw(*shape) for name, shape in shapes.items()}
 
@@ -1491,5 +1596,8 @@ def test_convolutions_in_conditionals_are_in_the_usual_order(quick_compilation):
     lowered = jax.jit(ours).lower(params, x, jax.tree.map(jnp.bool_, mask))
     branches = lowered.as_text().split("stablehlo.case", 1)[1]
     found = re.findall(r"stablehlo.convolution.*?dim_numbers = (.*?), window", branches)
-    assert len(found) == 3  # two weight gradients, and the chain in between
+    # Two weight gradients, and the chain in between; the forward pass with them where
+    # all are active, or any, and with the gradient of the last where no other is.
+    count = {"one_program": 3, "levels": (2 + 3) + (2 + 3) + (2 + 1)}[programs]
+    assert len(found) == count
     assert set(found) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}

@@ -27,6 +27,7 @@ from ._blocks import (
 )
 from ._gated_structure import CHECKPOINT, OPAQUE, SCAN
 from ._interpreter import build, forward, jaxpr_of, STOP, trace
+from ._levels import choose
 from ._rules import (
     cotangents,
     differentiable,
@@ -279,16 +280,51 @@ def gated_value_and_grad(
         jnp.asarray(p) if isinstance(p, np.ndarray) else p for p in predicates
     ]
     closed, kind = trace(fun, list(leaves))
-    program = build(closed, [1 << i for i in range(len(leaves))], GATED)
-    outputs, residuals = forward(program, [jnp.asarray(x) for x in leaves])
-    messages = [jnp.ones_like(outputs[0])] + [None] * (len(outputs) - 1)
-    found = gated_vjp(program, residuals, messages, predicates)
+    values = [jnp.asarray(x) for x in leaves]
+    everything = [1 << i for i in range(len(leaves))]
+    program = build(closed, everything, GATED)
+    convolves = any("conv_general" in s.operation.name for s in program.steps)
+    if convolves:  # in conditionals the forward pass, too, has to be canonical
+        usual = build(closed, everything, _CANONICAL)
+        closed, _ = trace(lambda xs: forward(usual, xs)[0], values)
+        program = build(closed, everything, GATED)
+
+    def run(predicates):
+        if all(p is True for p in predicates):
+            return _ungated(closed, values, convolves)
+        depends = [int(p is not False) << i for i, p in enumerate(predicates)]
+        program = build(closed, depends, GATED)
+        outputs, residuals = forward(program, values)
+        messages = [jnp.ones_like(outputs[0])] + [None] * (len(outputs) - 1)
+        return outputs, gated_vjp(program, residuals, messages, predicates)
+
+    def typed(predicates):
+        outputs, found = run(predicates)
+        return outputs, [
+            zeros_like(p) if g is None else _as_weak_as(g, p)
+            for g, p in zip(found, leaves, strict=True)
+        ]
+
+    outputs, gradients = choose(program, predicates, typed)
     value, aux = jax.tree.unflatten(kind, outputs)
-    gradients = [
-        zeros_like(p) if g is None else _as_weak_as(g, p)
-        for g, p in zip(found, leaves, strict=True)
-    ]
     return value, aux, gradients
+
+
+def _ungated(
+    closed: Any, values: Sequence[Any], convolves: bool
+) -> tuple[list[Any], list[Any]]:
+    """The outputs of a program, and the gradients of the first by all inputs."""
+    program = build(closed, [0] * len(values), GATED)
+
+    def first(values):
+        outputs, _ = forward(program, values)
+        return outputs[0], outputs
+
+    def gradients(values):
+        (_, outputs), found = jax.value_and_grad(first, has_aux=True)(values)
+        return outputs, found
+
+    return _canonically(gradients, values) if convolves else gradients(values)
 
 
 def _as_weak_as(x: jax.Array, like: jax.Array) -> jax.Array:
