@@ -1,6 +1,7 @@
 """Who got what: the table of priorities, quotas and updates. Numbers only."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,6 +113,49 @@ class PriorityReport:
         fields = [field.name for field in dataclasses.fields(LeafReport)]
         rows = [[getattr(leaf, name) for name in fields] for leaf in self.leaves]
         return pd.DataFrame(rows, columns=fields)
+
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        history: Mapping[str, Any] | None = None,
+        runs: Mapping[str, Any] | None = None,
+        gradient_norms: Any = None,
+    ) -> None:
+        """Write one page with a summary, the pictures of `plots`, and all leaves.
+
+        The page needs nothing but itself: it opens from disk, in dark and in light,
+        and prints. Equal reports give equal pages.
+
+        Args:
+          path: of the file to be written; one that exists is replaced.
+          history: of the run, as in `plots.updates_over_time`. With it, the page has
+            the updates over time.
+          runs: histories by name, to be drawn side by side as in
+            `plots.accuracy_against_flops`, with `history` if they lack it.
+          gradient_norms: norm of each leaf's gradient, as in
+            `plots.counts_against_scores`. Without them, scores are drawn.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+          KeyError, ValueError, TypeError: a history or `gradient_norms` is not as the
+            functions of `plots` want it. Then nothing is written.
+
+        Examples:
+          >>> import tempfile, pathlib, jax.numpy as jnp
+          >>> from priorityprop_jax import priority_prop, priority_report
+          >>> params = {"Dense_0": {"w": jnp.ones(3)}, "Dense_1": {"w": jnp.ones(2)}}
+          >>> report = priority_report(priority_prop(budget=5).init(params), params)
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     page = pathlib.Path(directory) / "report.html"
+          ...     report.html(page)
+          ...     page.read_text().startswith("<!DOCTYPE html>")
+          True
+        """
+        from ._html import page  # draws: a report alone needs no matplotlib
+
+        text = page(self, history, runs, gradient_norms)
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
 
     def __str__(self) -> str:
         if len(self.leaves) <= _WHOLE:

@@ -43,7 +43,8 @@ def choose(
     costs = [sum(map(_flops, eqns)) for eqns in equations]
     # All devices, or none, have to run a collective. Effects may have an order.
     effects = any(eqn.effects for eqns in equations for eqn in eqns)
-    if not traced or effects or sum(costs) < _LEAST:
+    small, large = sum(costs) < _LEAST, len(costs) > max(_SHARES.values())
+    if not traced or effects or small or large:
         return run(list(predicates))
     starts = [_start(program, i) for i in range(program.inputs)]
     levels, conditions = [list(predicates)], []
@@ -54,8 +55,6 @@ def choose(
                 [False if i in below else p for i, p in enumerate(predicates)]
             )
             conditions.append(_any([predicates[i] for i in below]))
-    if len(costs) > max(_SHARES.values()):
-        return run(list(predicates))
     # Whether any of those rests, or any is active that has to rest in a level.
     asked = [_any([jnp.logical_not(predicates[i]) for i in traced]), *conditions]
     index = jnp.where(asked[0], 1 + sum(jnp.logical_not(c) for c in conditions), 0)
