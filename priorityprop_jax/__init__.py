@@ -20,8 +20,11 @@ from ._transform import active as active, priority_prop as priority_prop
 from ._units import unit_axes as unit_axes
 from .report import priority_report as priority_report, PriorityReport as PriorityReport
 from .training import (
+    ArrayLoader as ArrayLoader,
     CachedPrefix as CachedPrefix,
+    History as History,
     make_train_step as make_train_step,
+    PriorityPropTrainer as PriorityPropTrainer,
     TrainStep as TrainStep,
 )
 

@@ -31,7 +31,7 @@ from priorityprop_jax import (
     StaticMask,
     value_and_grad,
 )
-from priorityprop_jax.training import _programs, _step
+from priorityprop_jax.training import _programs, _step, guard
 from priorityprop_jax.training._step import make_train_step, Variant
 
 
@@ -355,9 +355,11 @@ def test_flops_and_copies(optimized):
         assert all(any(name in copy for name in moving) for copy in copies), copies
 
 
-def test_resting_leaves_are_returned_as_they_are():
+@pytest.mark.parametrize("guarded", [False, True])
+def test_resting_leaves_are_returned_as_they_are(guarded):
     """Params and Adam's moments of what rests."""
     tx = build("prioritize adam", score=FIXED)
+    tx = guard(tx, rests=True) if guarded else tx
     p = params()
     mask = static_mask({k: {"w": k == "d2", "b": k == "d2"} for k in p})
     recipe = _programs.Recipe(loss, tx, False, None, None)

@@ -15,12 +15,14 @@ from .._masks import StaticMask
 from .._prioritize import PrioritizeState
 from .._priority import find_state, largest_quotas, PriorityPropState
 from .._transform import active
+from ._guard import GuardState
 
 
 # States of which it is known that a call of `update` is one for what they hold, too.
 # Others (`optax.MultiSteps`, `optax.apply_if_finite`) may hold it back.
 _IN_STEP = (
     PrioritizeState,
+    GuardState,
     optax.MaskedState,
     optax.transforms.PartitionState,
     optax.InjectHyperparamsState,
@@ -178,8 +180,8 @@ def _unmoved(
     choose = lambda on, new, old: old if on is False else new
     is_ours = lambda x: isinstance(x, PrioritizeState)
     last = opt_state
-    while type(last) is tuple and last:
-        last = last[-1]
+    while isinstance(last, GuardState) or (type(last) is tuple and last):
+        last = last.inner if isinstance(last, GuardState) else last[-1]
     if is_ours(last):
         new_params = jax.tree.map(choose, mask.tree, new_params, params)
     shapes = jax.tree.map(jnp.shape, params)
