@@ -26,15 +26,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from priorityprop_jax import make_train_step, prioritize, priority_report
-from priorityprop_jax.training import _checkpoint
-from priorityprop_jax.training._checkpoint import Checkpoints
-from priorityprop_jax.training._checkpoint_files import (
-    find_steps,
-    load_meta,
-    load_report,
-)
+from priorityprop_jax.training import _checkpoint, Checkpoints, History, load_report
+from priorityprop_jax.training._checkpoint_files import find_steps, load_meta
 from priorityprop_jax.training._checkpoint_leaves import pack
-from priorityprop_jax.training._history import History
 from priorityprop_jax.training._sigterm import stop_on_sigterm
 from workers import checkpoint_processes
 

@@ -20,13 +20,9 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from priorityprop_jax.training._batches import ArrayLoader
-from priorityprop_jax.training._checkpoint_files import (
-    find_steps,
-    load_report,
-    newest,
-)
-from priorityprop_jax.training._trainer import PriorityPropTrainer
+from priorityprop_jax import ArrayLoader, PriorityPropTrainer
+from priorityprop_jax.training import load_report
+from priorityprop_jax.training._checkpoint_files import find_steps, newest
 
 
 WORKER = pathlib.Path(__file__).parent / "workers" / "trainer_process.py"
@@ -142,7 +138,7 @@ def test_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_many_moments(seed, tmp_path):
-    """Three saves at most to a life, and often none: it is killed some ten times."""
+    """Three saves at most to a life, and sometimes none: there are some ten lives."""
     rng = random.Random(seed)
     early = [Blow(0, rng.uniform(0.1, 6.0)) for _ in range(3)]
     late = [Blow(rng.randint(1, 3), rng.uniform(0, 0.12)) for _ in range(9)]

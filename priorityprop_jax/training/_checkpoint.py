@@ -25,7 +25,6 @@ from ._checkpoint_files import (
     find_steps,
     FORMAT,
     import_orbax,
-    load_meta as load_meta,
     load_report as load_report,
     newest,
     read_arrays,
@@ -33,7 +32,6 @@ from ._checkpoint_files import (
     remove,
 )
 from ._checkpoint_leaves import check_like, Leaf, named, pack, Packed, place
-from ._sigterm import stop_on_sigterm as stop_on_sigterm
 
 
 _POLL = 1.0  # seconds between two looks at whether a save has failed
@@ -67,6 +65,7 @@ class Checkpoints:
     Examples:
       >>> import tempfile
       >>> import jax.numpy as jnp
+      >>> from priorityprop_jax.training import Checkpoints
       >>> params = {"w": jnp.arange(3.0)}
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     with Checkpoints(directory, every_steps=10) as saved:

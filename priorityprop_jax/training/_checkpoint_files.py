@@ -218,8 +218,7 @@ def load_report(directory: Any) -> tuple[History, PriorityReport | None]:
 
     Examples:
       >>> import tempfile
-      >>> from priorityprop_jax.training._checkpoint import Checkpoints
-      >>> from priorityprop_jax.training._history import History
+      >>> from priorityprop_jax.training import Checkpoints, History, load_report
       >>> meta = {"history": History(paths=["w"]).to_dict(), "report": None}
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     with Checkpoints(directory) as saved:

@@ -90,6 +90,7 @@ class Loop:
             t.history.stopped = self._stop or None
             if self._saved is not None:
                 self._saved.save(t.step, tree_of(t), self._meta)
+                self._saved.wait()  # as long as another SIGTERM does no harm
 
     def _meta(self) -> dict[str, Any]:
         self._settle()

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from priorityprop_jax.training._checkpoint import Checkpoints, stop_on_sigterm
+from priorityprop_jax.training import Checkpoints
+from priorityprop_jax.training._sigterm import stop_on_sigterm
 
 
 MOST = 3000  # steps

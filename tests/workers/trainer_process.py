@@ -1,8 +1,8 @@
 """A process that trains a small model, and goes on where the one before was stopped.
 
-Run as ``python trainer_process.py DIRECTORY OUTPUT [deep|nnx] [replay] [i,n,port]``; without
-checkpoints if DIRECTORY is empty; ``i,n,port`` makes it process i of n. It ends with a
-line that says why, and, if all epochs are done, with the results in OUTPUT.
+Run as ``python trainer_process.py DIRECTORY OUTPUT [deep|nnx] [replay] [i,n,port]``. It
+saves nothing if DIRECTORY is empty; ``i,n,port`` makes it process i of n. It ends with
+a line that says why, and, if all epochs are done, with the results in OUTPUT.
 """
 
 import sys
@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from priorityprop_jax.training import _trainer
-from priorityprop_jax.training._batches import ArrayLoader
+from priorityprop_jax import PriorityPropTrainer
+from priorityprop_jax.training import ArrayLoader
 
 
-EPOCHS, EVERY, KEEP = 5, 5, 2
+EPOCHS, KEEP = 5, 2
 SECONDS = 0.02  # a batch, so that there is time to be killed in
 
 
@@ -75,19 +75,15 @@ def function(hidden):
 
 
 def module():
-    """The same with BatchNorm, as a module that has random streams of its own."""
+    """One with BatchNorm, as a module that has random streams of its own."""
     from flax import nnx
 
     class Network(nnx.Module):
         def __init__(self, rngs):
-            self.first, self.last = (
-                nnx.Linear(6, 16, rngs=rngs),
-                nnx.Linear(16, 2, rngs=rngs),
-            )
-            self.norm, self.drop = (
-                nnx.BatchNorm(16, rngs=rngs),
-                nnx.Dropout(0.2, rngs=rngs),
-            )
+            self.first = nnx.Linear(6, 16, rngs=rngs)
+            self.norm = nnx.BatchNorm(16, rngs=rngs)
+            self.drop = nnx.Dropout(0.2, rngs=rngs)
+            self.last = nnx.Linear(16, 2, rngs=rngs)
 
         def __call__(self, x):
             return self.last(self.drop(jnp.tanh(self.norm(self.first(x)))))
@@ -97,6 +93,7 @@ def module():
 
 def main(directory, output, *options):
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in half of it
+    hidden, every = (2, 2) if "deep" in options else (1, 5)
     process, devices = 0, {}
     for place in (x for x in options if "," in x):
         process, processes, port = map(int, place.split(","))
@@ -105,15 +102,15 @@ def main(directory, output, *options):
         jax.distributed.initialize(address, processes, process)
         mesh = Mesh(np.array(jax.devices()), ("data",))
         devices = {"mesh": mesh, "sharding": "fsdp", "mode": "dynamic"}
-    trainer = _trainer.PriorityPropTrainer(
-        module() if "nnx" in options else function(2 if "deep" in options else 1),
+    trainer = PriorityPropTrainer(
+        module() if "nnx" in options else function(hidden),
         optax.adam(0.01),
         optax.softmax_cross_entropy_with_integer_labels,
         total_budget=0.5,
         max_updates=4,
         recalc_every=4,
         checkpoint_dir=directory or None,
-        save_every_steps=EVERY,
+        save_every_steps=every,
         keep=KEEP,
         **devices,
     )
