@@ -82,9 +82,12 @@ def _masks(
     return [StaticMask(mask(r), treedef) for r in range(length)]
 
 
+@functools.lru_cache(maxsize=1024)
 def _by_leaf(mask: StaticMask) -> np.ndarray:
-    """Which leaves are due, or any row of them."""
-    return np.array([np.any(x) for x in mask.leaves], bool)
+    """Which leaves are due, or any row of them. Not to be written to."""
+    found = np.array([np.any(x) for x in mask.leaves], bool)
+    found.flags.writeable = False
+    return found
 
 
 def _rows(params: Any, units: Any) -> list[int | None]:
