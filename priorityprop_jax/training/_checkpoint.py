@@ -25,7 +25,6 @@ from ._checkpoint_files import (
     find_steps,
     FORMAT,
     import_orbax,
-    load_report as load_report,
     newest,
     read_arrays,
     reason_of,
