@@ -171,7 +171,30 @@ def test_default_device():
     # also from a thread that has not heard of it
     for x in (placement.batch(np.ones(3)), placement.tree(jnp.ones(3))):
         assert x.devices() == {jax.devices()[2]}
-    assert Placement().batch(np.ones(3)).devices() == {jax.devices()[0]}
+    taken = jax.jit(lambda x: x)(Placement().batch(np.ones(3)))
+    assert taken.devices() == {jax.devices()[0]}
+
+
+def test_batches_for_the_cpu_stay_on_the_host():
+    """Copies, as a loader may use its memory again; and of the types that jit makes."""
+    given = {"x": np.ones(3), "n": 2, "device": jnp.ones(2)}
+    batch = Placement().batch(given)
+    assert isinstance(batch["x"], np.ndarray) and batch["x"].dtype == np.float32
+    assert batch["n"].dtype == np.int32 and batch["device"] is given["device"]
+    same = np.ones(3, np.float32)
+    assert not np.shares_memory(Placement().batch(same), same)
+
+
+def test_memory_of_its_own():
+    """Also for what lies where XLA could use it as it is."""
+    room = np.zeros(64 + 256, np.uint8)
+    start = -room.ctypes.data % 64
+    aligned = room[start : start + 256].view(np.float32)
+    for placement in (Placement(), Placement(mesh_of(4))):
+        x = placement.tree({"w": aligned})["w"]
+        found = {s.data.unsafe_buffer_pointer() for s in x.addressable_shards}
+        assert len(found) == len(x.addressable_shards)
+        assert aligned.ctypes.data not in found
 
 
 # Batches.

@@ -30,14 +30,15 @@ class Background:
     """
 
     def __init__(self, delay: int = DELAY):
-        self._delay = delay
+        self._delay, self._on_host = delay, jax.default_backend() == "cpu"
         self._queue: collections.deque[tuple[Any, Any]] = collections.deque()
 
     def push(self, tag: Any, tree: Any) -> None:
         """Starts to copy the arrays to the host."""
-        for x in jax.tree.leaves(tree):
-            if isinstance(x, jax.Array):
-                x.copy_to_host_async()
+        if not self._on_host:
+            for x in jax.tree.leaves(tree):
+                if isinstance(x, jax.Array):
+                    x.copy_to_host_async()
         self._queue.append((tag, tree))
 
     def pop(self, everything: bool = False) -> Iterator[tuple[Any, Any]]:
