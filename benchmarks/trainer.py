@@ -46,7 +46,7 @@ from priorityprop_jax import make_train_step, prioritize, PriorityPropTrainer
 
 
 SIZES = (64, 256, 256, 256, 10)
-BATCH = 320
+BATCH = 640
 STEPS = 200  # in an epoch
 TARGET = 1.03
 PAIRS = {"trainer": "by hand", "trainer, half": "by hand, half"}

@@ -331,7 +331,7 @@ def test_mixed_precision():
     t = trainer((PARAMS, apply_fn), compute_dtype=jnp.bfloat16, total_budget=None)
     history = t.train(BATCHES, 2)
     assert set(seen) == {(jnp.dtype(jnp.bfloat16),) * 2}
-    moments = t.opt_state.inner.inner[0]
+    moments = optax.tree.get(t.opt_state, "ScaleByAdamState")
     dtypes = {x.dtype for x in jax.tree.leaves((t.params, moments.mu, moments.nu))}
     assert dtypes == {jnp.dtype("float32")}
     close(history["loss"], by_hand(optax.adam(0.05), 2)[2], rtol=0.02)

@@ -105,6 +105,8 @@ class Loop:
             prepare=t.check_batch,
             stop_epoch=self.stop_epoch,
             states=self._saved is not None,
+            # A thread takes longer than it saves where nothing has to be moved.
+            depth=0 if t.placement.on_host else 2,
             replay=replay,
             **t.place,
         )

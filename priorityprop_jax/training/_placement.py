@@ -201,6 +201,12 @@ class Placement:
             if self.mesh.devices.flat[0].platform == "cpu":
                 jax.block_until_ready(step)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether batches stay where they are, as the only device is the CPU."""
+        default = self.mesh is None and self._device is None
+        return default and jax.default_backend() == "cpu"
+
     def batch(self, batch: Any) -> Any:
         """A batch on the devices, split along the first axis of its leaves.
 
@@ -218,8 +224,7 @@ class Placement:
           ValueError: in several processes, the size is no multiple of that of the
             devices here.
         """
-        on_host = self._device is None and jax.default_backend() == "cpu"
-        if self.mesh is None and on_host:
+        if self.on_host:
             return jax.tree.map(_own_on_host, batch)
         if self.mesh is None:
             return _own(batch, self._device)

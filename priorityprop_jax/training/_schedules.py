@@ -91,6 +91,8 @@ class ScheduleArguments(NamedTuple):
             seed=self.seed,
             costs=costs,
         )
+        if self.total_budget is None:
+            return _everything(priority_prop(**arguments), self.optimizer)
         if self.transformation == "chain":
             return optax.chain(priority_prop(**arguments), self.optimizer)
         return prioritize(self.optimizer, resting=self.resting, **arguments)
@@ -126,6 +128,35 @@ class ScheduleArguments(NamedTuple):
             costs = flops
         assert not isinstance(costs, str)
         return depths, flops, costs
+
+
+def _everything(
+    schedule: optax.GradientTransformation, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer alone, with the state of a schedule in which all are always due.
+
+    Nobody competes, so no gradient is measured, and all scores are 0.
+    """
+    tx = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params):
+        return schedule.init(params), tx.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        plan, inner = state
+        updates, inner = tx.update(updates, inner, params, **extra_args)
+        due = plan.rank.size
+        fill = lambda q: jnp.full_like(q, due)
+        units = sum(q.size for q in jax.tree.leaves(plan.quotas))
+        plan = plan._replace(
+            step=optax.safe_increment(plan.step),
+            counts=jax.tree.map(optax.safe_increment, plan.counts),
+            quotas=jax.tree.map(fill, plan.quotas),
+            budget=jnp.full_like(plan.budget, min(units * due, 2**31 - 1)),
+        )
+        return updates, (plan, inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def holds_schedule(tx: Any, params: Any) -> bool:
