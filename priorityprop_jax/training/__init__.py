@@ -1,4 +1,4 @@
-"""The loop around the transformations: a step, a trainer, and a cache for what rests."""
+"""The loop around the transformations: a step, a trainer, a cache for what rests."""
 
 from ._batches import ArrayLoader as ArrayLoader
 from ._cache import (

@@ -13,7 +13,7 @@ class History(dict[str, list]):
 
     ``"epoch"``; means over the epoch: ``"loss"`` and metrics, with ``"eval_"`` in front
     if of the evaluation (None where there was none); running totals at its end:
-    ``"step"``, ``"seconds"``, ``"compile_seconds"`` (of all threads, so it may be more),
+    ``"step"``, ``"seconds"``, ``"compile_seconds"`` (sum over threads),
     ``"flops_spent"``, ``"flops_full"`` (of training all leaves), ``"updates"`` (a list,
     by leaf), ``"skipped"`` (steps whose loss was not finite).
 
