@@ -11,9 +11,10 @@ Four nets, five masks, and four train steps for each, measured in turns:
   and Adam behind a `lax.cond` for each leaf.
 
 Params and state are donated. The same again for the gradients alone: those of active
-leaves, from the optimum and static; dynamic has to write zeros for the others. Then
-what it takes to trace, lower and compile the gradients of the transformer; and the
-temporary memory of the static step, as more and more of the first layers rest.
+leaves, from the optimum and static; dynamic has to write zeros for the others, so there
+is an optimum that writes them, too. Then what it takes to trace, lower and compile the
+gradients of the transformer; and the temporary memory of the static step, as more and
+more of the first layers rest.
 
 Where static and the optimum compile to the same program, any difference between them is
 that of the machine; the table says so.
@@ -265,6 +266,17 @@ def optimum_gradients(net: Net, mask: Any) -> Callable[..., Any]:
     return gradients
 
 
+def zeros_gradients(net: Net, mask: Any) -> Callable[..., Any]:
+    """The optimum, returning zeros for what rests, as `value_and_grad` has to."""
+    optimum = optimum_gradients(net, mask)
+
+    def gradients(params, batch):
+        value, found = optimum(params, batch)
+        return value, put(mask, jax.tree.map(jnp.zeros_like, params), found)
+
+    return gradients
+
+
 def static_gradients(net: Net, mask: Any) -> Callable[..., Any]:
     def gradients(params, batch):
         value, found = value_and_grad(net.loss)(params, batch, active=mask)
@@ -361,6 +373,7 @@ def gradients_of(net: Net, shared: Mapping[str, Callable], active: Sequence[bool
     return {
         "full": Case(shared["full gradients"], given),
         "optimum": Case(jax.jit(optimum_gradients(net, mask)), given),
+        "zeros": Case(jax.jit(zeros_gradients(net, mask)), given),
         "static": Case(jax.jit(static_gradients(net, mask)), given),
         "dynamic": Case(shared["dynamic gradients"], (*given, traced)),
     }
@@ -447,6 +460,10 @@ def print_cells(cells: Sequence[Cell]) -> None:
         values += [cell.speed(name, "optimum").median for name in names[3:]]
         line = f"{cell.net:17}{cell.mask:15}{cell.what[:4]:4}"
         line += "".join(f"{value:8.3f} " for value in values)
+        if "zeros" in cell.timings and cell.mask in OF_A_PREFIX:
+            zeros = cell.speed("zeros", "optimum").median
+            of_zeros = cell.speed("dynamic", "zeros").median
+            line += f" with zeros {zeros:.3f}, dynamic has {of_zeros:.3f} of that"
         print(line)
         if cell.what == "step":
             print(f"{'':36} " + "; ".join(judge(cell)), flush=True)

@@ -37,6 +37,11 @@ class Layout(NamedTuple):
         """Number of units."""
         return self.offsets[-1]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the leaves, for people: ``"Dense_0/kernel"``."""
+        return ["/".join(map(str, key)) or "(root)" for key in self.keys]
+
 
 def unit_axes(
     params: optax.Params, rule: Callable[[str, Any], Sequence[int]]

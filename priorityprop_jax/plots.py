@@ -526,14 +526,8 @@ def _by_path(name: str, values: Mapping[str, Any], paths: Sequence[str]) -> np.n
 
 def _norms(norms: Any, paths: Sequence[str]) -> np.ndarray:
     """A number for each path, from a pytree or a dict by path."""
-    where = layout(norms, "leaf")
-    values = dict(
-        zip(
-            ("/".join(map(str, key)) or "(root)" for key in where.keys),
-            jax.tree.leaves(norms),
-            strict=True,
-        )
-    )
+    names = layout(norms, "leaf").names
+    values = dict(zip(names, jax.tree.leaves(norms), strict=True))
     for path in paths:
         if path not in values:
             known = ", ".join(map(repr, list(values)[:8])) or "nothing"

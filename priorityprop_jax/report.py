@@ -159,7 +159,7 @@ class PriorityReport:
 
     def __str__(self) -> str:
         if len(self.leaves) <= _WHOLE:
-            body = _table([_HEAD, *map(_cells, self.leaves)])
+            body = table([_HEAD, *map(_cells, self.leaves)], left=2)
         else:
             body = self._abridged()
         return f"{body}\n{self._totals()}"
@@ -169,17 +169,18 @@ class PriorityReport:
         hidden = len(groups) - _GROUPS
         parts = [
             f"groups of leaves, by share of updates ({len(groups)}):",
-            _table([_GROUP_HEAD, *groups[:_GROUPS]]),
+            table([_GROUP_HEAD, *groups[:_GROUPS]]),
             *([f"... and {hidden} more groups"] if hidden > 0 else []),
             "",
             f"leaves with the highest and the lowest scores, of {len(self.leaves)}:",
-            _table(
+            table(
                 [
                     _HEAD,
                     *map(_cells, self.leaves[:_TOP]),
                     ["..."] * len(_HEAD),
                     *map(_cells, self.leaves[-_BOTTOM:]),
-                ]
+                ],
+                left=2,
             ),
         ]
         return "\n".join(parts)
@@ -268,7 +269,7 @@ def priority_report(
     scores = [float(total / max(size, 1)) for total, size in sums]
     leaves = [
         LeafReport(
-            path="/".join(map(str, key)) or "(root)",
+            path=name,
             shape=where.shapes[i],
             units=int(state.sizes[i]),
             depth=int(state.depths[i]),
@@ -278,7 +279,7 @@ def priority_report(
             share=counts[i] / max(sum(counts), 1),
             nonfinite=int(state.nonfinite[i]),
         )
-        for i, key in enumerate(where.keys)
+        for i, name in enumerate(where.names)
     ]
     savings = None
     if costs is not None:
@@ -359,9 +360,22 @@ def _groups(leaves: Sequence[LeafReport]) -> list[list[str]]:
     ]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: names to the left, numbers to the right."""
-    left = 1 if "leaves" in rows[0] else 2
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns, the first row a head.
+
+    Args:
+      rows: of cells.
+      left: how many columns are aligned to the left; the others are numbers.
+
+    Returns:
+      Lines without a last newline.
+
+    Examples:
+      >>> from priorityprop_jax.report import table
+      >>> print(table([["run", "loss"], ["priority", "0.1"]]))
+      run       loss
+      priority   0.1
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

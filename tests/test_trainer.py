@@ -132,6 +132,19 @@ def test_full_training_is_the_optimizer_alone(kind):
         close(t.params, params)
 
 
+def test_full_training_leaves_together_what_couples_leaves():
+    """Clipped by the norm of all gradients, not leaf by leaf; with a report."""
+    tx = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    t = trainer((PARAMS, net), tx, total_budget=None, recalc_every=4)
+    history = t.train(BATCHES, 3)
+    params, _, losses, _ = by_hand(tx, 3)
+    close((t.params, history["loss"]), (params, losses))
+    report = t.get_priority_report()
+    assert (report.updates, report.budget, report.unspent) == (2 * 9, 2 * 4, 0)
+    assert [leaf.quota for leaf in report.leaves] == [4, 4]
+    assert history.cycles["counts"] == [[4, 4], [8, 8]]
+
+
 SLOW = pytest.mark.slow
 
 
@@ -508,7 +521,7 @@ def test_bad_batches():
         ([(X, Y, Y)], "got a tuple of 3"),
         ([X], "got an array of shape"),
         ([{"x": X, "target": Y}], "got a mapping with the keys 'x', 'target'"),
-        ([(X, Y[:3])], r"batch\[0\] has 22, batch\[1\] has 3"),
+        ([(X, Y[:3])], r"22 in batch\[0\] and 3 in batch\[1\]"),
         ([(X, Y), {"x": X, "y": Y}], r"batch\['x'\] was not in the first one"),
         ([({"a": X}, Y), ({"b": X}, Y)], r"batch\[0\]\['b'\] was not in the first"),
     ]:

@@ -15,11 +15,12 @@ import optax
 from .._costs import backward_costs, BackwardCosts
 from .._depth import infer_depths
 from .._units import layout, natural_key
+from ..report import table
 from ..training._models import as_functional
 from ..training._objective import Objective, resolve_metrics
 from ._arguments import complete
 from ._data import load, SHAPES
-from ._output import Output, table
+from ._output import Output
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -84,8 +85,7 @@ def inspect(
     costs = backward_costs(step, model.params, *rest, has_aux=True)
     depths = infer_depths(lambda *args: step(*args)[0], model.params, *rest)
     where = layout(model.params, "leaf")
-    paths = ["/".join(map(str, key)) for key in where.keys]
-    leaves = dict(zip(paths, where.shapes, strict=True))
+    leaves = dict(zip(where.names, where.shapes, strict=True))
     return costs, jax.tree.leaves(depths), leaves
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -54,30 +53,3 @@ def plain(x: Any) -> Any:
     if hasattr(x, "tolist"):  # a number or an array of NumPy
         return plain(x.tolist())
     return x
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns, the first row a head.
-
-    Args:
-      rows: of cells.
-      left: how many columns are aligned to the left; the others are numbers.
-
-    Returns:
-      Lines without a last newline.
-
-    Examples:
-      >>> from priorityprop_jax.cli._output import table
-      >>> print(table([["run", "loss"], ["priority", "0.1"]]))
-      run       loss
-      priority   0.1
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

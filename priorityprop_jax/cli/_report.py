@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..report import PriorityReport
+from ..report import PriorityReport, table
 from ..training import History, load_report
-from ._output import Output, table
+from ._output import Output
 from ._train import check_page, comparison, Runs, summaries, write_page
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import optax
 
-from ..report import PriorityReport
+from ..report import PriorityReport, table
 from ..training import ArrayLoader, History, PriorityPropTrainer
 from ._arguments import complete, EPOCHS, FULL, OPTIMIZERS, UsageError
 from ._data import Dataset, load, VARIABLE
-from ._output import Output, table
+from ._output import Output
 
 
 Runs = dict[str, tuple[History, PriorityReport]]

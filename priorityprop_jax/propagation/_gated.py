@@ -293,10 +293,10 @@ def gated_value_and_grad(
         if all(p is True for p in predicates):
             return _ungated(closed, values, convolves)
         depends = [int(p is not False) << i for i, p in enumerate(predicates)]
-        program = build(closed, depends, GATED)
-        outputs, residuals = forward(program, values)
+        part = program if depends == everything else build(closed, depends, GATED)
+        outputs, residuals = forward(part, values)
         messages = [jnp.ones_like(outputs[0])] + [None] * (len(outputs) - 1)
-        return outputs, gated_vjp(program, residuals, messages, predicates)
+        return outputs, gated_vjp(part, residuals, messages, predicates)
 
     def typed(predicates):
         outputs, found = run(predicates)

@@ -2,8 +2,8 @@
 
 A program that serves all masks keeps what the backward pass of any of them may need,
 and has conditionals everywhere; both keep XLA from fusing. So where all leaves are
-active, or none but some near the loss, a program for just that takes over. Conditionals
-around the whole of the forward and the backward pass decide which.
+active, or none but some near the loss, a program for just that takes over. Which one is
+decided by a conditional around the whole of the forward and the backward pass.
 """
 
 import functools

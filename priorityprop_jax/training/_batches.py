@@ -58,7 +58,7 @@ class ArrayLoader:
         check_count("batch_size", batch_size, least=1)
         check_count("seed", seed, least=0, most=2**63 - 1)
         self.arrays = jax.tree.map(np.asarray, arrays)
-        self._examples = _agreed_size("arrays", self.arrays)
+        self._examples = agreed_size("arrays", self.arrays)
         if self._examples == 0:
             raise ValueError("arrays must hold at least one example, got none")
         self.batch_size, self.shuffle, self.seed = int(batch_size), shuffle, int(seed)
@@ -157,11 +157,19 @@ def _array(x: Any, name: str) -> Any:
     return array
 
 
-def _agreed_size(name: str, batch: Any) -> int:
+def agreed_size(name: str, batch: Any, scalars: bool = False) -> int:
+    """The number of examples in each array of a pytree.
+
+    Raises:
+      ValueError: two differ, there is none, or one is a scalar, unless `scalars` are
+        passed over.
+    """
     pairs = jax.tree_util.tree_flatten_with_path(batch)[0]
     sizes = []
     for path, x in pairs:
         path = f"{name}{jax.tree_util.keystr(path)}"
+        if not np.ndim(x) and scalars:
+            continue
         if not np.ndim(x):
             raise ValueError(f"{path} must have an axis of examples, got a scalar")
         sizes.append((path, np.shape(x)[0]))
@@ -196,7 +204,7 @@ def pad(batch: Any, size: int) -> tuple[Any, np.ndarray]:
       ((array([0, 1, 2, 2]), array([1., 1., 1., 1.])),
        array([1., 1., 1., 0.], dtype=float32))
     """
-    count = _agreed_size("batch", batch)
+    count = agreed_size("batch", batch)
     if not 0 < count <= size:
         raise ValueError(f"a batch of {count} examples cannot be padded to {size}")
     weights = (np.arange(size) < count).astype(np.float32)

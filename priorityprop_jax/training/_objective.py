@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ._batches import agreed_size
 from ._models import Functional
+from ._placement import batch_size
 
 
 _INPUTS, _LABELS = ("inputs", "x", "image"), ("labels", "y", "label")
@@ -170,27 +171,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def examples_in(batch: Any) -> int:
-    """The length of the first axis, of all arrays that have one.
-
-    Raises:
-      ValueError: arrays of different lengths, or none that has an axis.
-    """
-    pairs = jax.tree_util.tree_leaves_with_path(batch)
-    sizes = [(np.shape(x)[0], p) for p, x in pairs if np.ndim(x)]
-    if not sizes:
-        raise ValueError("a batch must hold arrays with an axis for the examples")
-    (first, where), *rest = sizes
-    for size, path in rest:
-        if size != first:
-            name = jax.tree_util.keystr
-            raise ValueError(
-                f"the arrays of a batch must be for as many examples: batch"
-                f"{name(where)} has {first}, batch{name(path)} has {size}"
-            )
-    return first
-
-
 class Objective(NamedTuple):
     """The loss function and the metrics of a model, as pure functions.
 
@@ -260,7 +240,7 @@ class Objective(NamedTuple):
         """
         if self.with_model:
             return False
-        n, key = examples_in(batch), jax.random.key(self.seed)
+        n, key = agreed_size("batch", batch, scalars=True), jax.random.key(self.seed)
         run = lambda p, s, b: self._values(p, s, b, train, key)[0]
         shapes = jax.eval_shape(run, params, state, batch)
         for name, shape in shapes.items():
@@ -292,7 +272,7 @@ class Objective(NamedTuple):
         else:
             values, state = self._values(params, state, batch, train, key)
         if weights is None:
-            weights = jnp.ones((_count(batch),), jnp.float32)
+            weights = jnp.ones((batch_size(batch),), jnp.float32)
         total = jnp.sum(weights)
         sums = {name: _sum(value, weights) for name, value in values.items()}
         loss = values["loss"] if not values["loss"].ndim else sums["loss"] / total
@@ -349,12 +329,6 @@ def _keep(ok: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
-def _count(batch: Any) -> int:
-    """How many examples, of a batch that may be anything; 1 if nobody knows."""
-    sizes = (np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x))
-    return next(sizes, 1)
-
-
 class Structure:
     """Remembers the structure of the first batch, and compares the others with it."""
 
@@ -372,7 +346,7 @@ class Structure:
         if self._first is None:
             if self._two:
                 split_batch(batch)
-                examples_in(batch)
+                agreed_size("batch", batch, scalars=True)
             self._first = structure
         elif structure != self._first:
             raise ValueError(

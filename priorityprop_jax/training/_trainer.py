@@ -207,8 +207,7 @@ class PriorityPropTrainer:
         self.state = self.placement.replicate(self.model.state)
         self.opt_state: Any = None
         self.step, self.epoch = 0, 0
-        keys = layout(self.params, "leaf").keys
-        self.paths = ["/".join(map(str, key)) or "(root)" for key in keys]
+        self.paths = layout(self.params, "leaf").names
         self.costs: BackwardCosts | None = None
         self.train_step: TrainStep | None = None
         self.history = History(self.paths)
