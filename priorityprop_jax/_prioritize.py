@@ -17,12 +17,13 @@ from ._leafwise import init_inner, leafwise, update_together
 from ._priority import (
     advance,
     check_settings,
+    check_state,
     DepthFactor,
     init_priority,
     PriorityPropState,
     Settings,
 )
-from ._scores import Score
+from ._scores import Score, TAYLOR
 from ._units import Layout, layout
 
 
@@ -97,7 +98,16 @@ def prioritize(
       max_updates: see `priority_prop`.
       recalc_every: see `priority_prop`.
       units: see `priority_prop`.
-      magnitude: see `priority_prop`.
+      magnitude: see `priority_prop`. Or ``"taylor"``: what the unit's own step gains,
+        :math:`\max(0, -\sum_i g_i u_i)` over its elements, with u what `inner` would
+        add to the params in one update (weight decay included). That is the decrease
+        of the loss to first order, so that scores are gains per update, and with
+        `costs` gains per cost. A step that goes against the gradient, as on momentum,
+        gains nothing. Where the learning rate is zero nothing gains, and quotas are
+        as for equal scores. Once per cycle this takes one more update of `inner`.
+        ElasticTrainer's score (Huang et al., 2023), with the gradient that the step
+        was made from; theirs is from a second backward pass, after the step. Add
+        ``score="gradient"`` for the gain alone, without counts and depths.
       score: see `priority_prop`.
       depth_factor: see `priority_prop`.
       depth_from: see `priority_prop`.
@@ -131,6 +141,14 @@ def prioritize(
       ...     params = optax.apply_updates(params, updates)
       >>> print(optax.tree.get(state, "quotas"), optax.tree.get(state, "count"))
       [9 1] [9 1]
+
+      The scores are what a step of gradient descent gains, ``rate * sum(g**2)``:
+
+      >>> tx = prioritize(optax.sgd(0.1), 0.5, magnitude="taylor", score="gradient")
+      >>> grads = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1.0)}
+      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> print(state.priority.scores)
+      [0.5 0.1]
     """
     settings = check_settings(
         Settings(
@@ -148,7 +166,8 @@ def prioritize(
             axis_name,
             seed,
             costs,
-        )
+        ),
+        sees_steps=True,
     )
     check_name("resting", resting, RESTING)
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
@@ -157,6 +176,7 @@ def prioritize(
             f"example prioritize(optax.adam(1e-3), budget=0.5)"
         )
     inner = optax.with_extra_args_support(inner)
+    taylor = settings.magnitude == TAYLOR
 
     def init_fn(params):
         priority = init_priority(settings, params)
@@ -165,12 +185,25 @@ def prioritize(
         return PrioritizeState(priority, init_inner(inner, params), rested)
 
     def step(updates, state, params, extra_args):
-        turn, priority = advance(settings, updates, state.priority)
+        rested = jax.tree.leaves(state.rested)
+
+        def take_apart(turn):
+            known = _check_params(turn.where, turn.leaves, params)
+            return leafwise(inner, updates, state.inner, known, extra_args), known
+
+        def first_steps(turn):
+            if not turn.leaves:
+                return []
+            parts, known = take_apart(turn)
+            # From the state before and not after it, which is not needed here.
+            parts = parts._replace(late_update=lambda _: None)
+            return run(parts, turn, known, resting, rested, 1)[0]
+
+        steps = first_steps if taylor else None
+        turn, priority = advance(settings, updates, state.priority, steps)
         if not turn.leaves:
             return updates, state._replace(priority=priority)
-        params = _check_params(turn.where, turn.leaves, params)
-        parts = leafwise(inner, updates, state.inner, params, extra_args)
-        rested = jax.tree.leaves(state.rested)
+        parts, params = take_apart(turn)
         most = _most_in_a_row(settings)
         out, inner_state = run(parts, turn, params, resting, rested, most)
         out = jax.tree.unflatten(jax.tree.structure(updates), out)
@@ -182,19 +215,24 @@ def prioritize(
 
     # Inlined where the caller compiles; else compiled once, not at every call.
     compiled = jax.jit(functools.partial(step, extra_args={}))
-    count = jax.jit(lambda updates, state: advance(settings, updates, state)[1])
+
+    @jax.jit
+    def count(updates, state, steps):
+        known = None if steps is None else lambda _: jax.tree.leaves(steps)
+        return advance(settings, updates, state, known)[1]
 
     def update_fn(updates, state, params=None, **extra_args):
         where = layout(updates, settings.units)
         if where.paths and settings.is_full(where.size):
             # Not compiled as a whole: called eagerly, `inner` would round differently.
+            check_state(settings, where, state.priority)
             _check_params(where, jax.tree.leaves(updates), params)
-            priority = count(updates, state.priority)
-            updates, inner_state = update_together(
+            steps, inner_state = update_together(
                 inner, updates, state.inner, params, extra_args
             )
+            priority = count(updates, state.priority, steps if taylor else None)
             rested = jax.tree.map(jnp.zeros_like, state.rested)
-            return updates, PrioritizeState(priority, inner_state, rested)
+            return steps, PrioritizeState(priority, inner_state, rested)
         if extra_args:
             return step(updates, state, params, extra_args)
         return compiled(updates, state, params)

@@ -34,12 +34,15 @@ from ._budget import (
 from ._checks import check_bounds, check_count, check_finite, check_name, is_traced
 from ._schedule import multiplicity, ranking
 from ._scores import (
+    element_gains,
     element_magnitudes,
+    gains,
     MAGNITUDES,
     magnitudes,
     Score,
     ScoreInputs,
     SCORES,
+    TAYLOR,
 )
 from ._selection import check_paths, cost_table, cycle_cost, select, warn_over_cost
 
@@ -121,8 +124,11 @@ class Settings(NamedTuple):
         return isinstance(self.budget, float) and self.budget == 1.0
 
 
-def check_settings(settings: Settings) -> Settings:
-    """Raises where an argument cannot be meant; resolves the score's name."""
+def check_settings(settings: Settings, sees_steps: bool = False) -> Settings:
+    """Raises where an argument cannot be meant; resolves the score's name.
+
+    `sees_steps`: whether `advance` will be told the steps of an optimizer.
+    """
     check_budget(settings.budget)
     check_bounds(settings.min_updates, settings.max_updates)
     check_count("recalc_every", settings.recalc_every, least=1, static=True)
@@ -139,7 +145,14 @@ def check_settings(settings: Settings) -> Settings:
             f"tuples of axes, got {settings.units!r}. Under optax.inject_hyperparams "
             f"name them in static_args: inject_hyperparams(..., static_args=('units',))"
         )
-    check_name("magnitude", settings.magnitude, MAGNITUDES)
+    if settings.magnitude == TAYLOR and not sees_steps:
+        raise ValueError(
+            f"magnitude={TAYLOR!r} is made from the optimizer's own steps, which only "
+            f"prioritize sees: prioritize(optax.adam(1e-3), magnitude={TAYLOR!r}). "
+            f"Others are {', '.join(map(repr, MAGNITUDES))}"
+        )
+    known = (*MAGNITUDES, TAYLOR) if sees_steps else MAGNITUDES
+    check_name("magnitude", settings.magnitude, known)
     check_name("depth_from", settings.depth_from, ("loss", "input"))
     check_name("allocation", settings.allocation, ALLOCATIONS)
     check_count("seed", settings.seed, least=-(2**31))
@@ -305,15 +318,23 @@ class _Plan(NamedTuple):
 
 
 def advance(
-    settings: Settings, updates: optax.Updates, state: PriorityPropState
+    settings: Settings,
+    updates: optax.Updates,
+    state: PriorityPropState,
+    steps: Callable[[Turn], list[jax.Array]] | None = None,
 ) -> tuple[Turn, PriorityPropState]:
-    """One step: at the first of a cycle new quotas, then who is updated how often."""
+    """One step: at the first of a cycle new quotas, then who is updated how often.
+
+    With ``magnitude="taylor"`` `steps` tells what an optimizer would add to the params
+    in a turn; it is asked about one in which each unit is due once.
+    """
     where = _units.layout(updates, settings.units)
-    _check_state(settings, where, state)
+    check_state(settings, where, state)
     leaves = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
     r = state.step % settings.recalc_every
     # Made out here: in a branch of the cond they would lose an explicit sharding.
     kept = not settings.by_element or settings.axis_name is not None
+    kept = kept or steps is not None
     like = jax.tree.leaves(state.quotas) if kept else []
     finite = [jnp.ones_like(q, dtype=bool) for q in like]
     plan = _Plan(
@@ -328,7 +349,7 @@ def advance(
     # The branch that passes through must be the false one: the other order copies.
     plan = lax.cond(
         r == 0,
-        lambda p: _recalculate(settings, where, leaves, factors, state, p),
+        lambda p: _recalculate(settings, where, leaves, factors, state, steps, p),
         lambda p: p,
         plan,
     )
@@ -355,7 +376,8 @@ def advance(
     return Turn(where, leaves, given), state
 
 
-def _check_state(settings: Settings, where, state: PriorityPropState) -> None:
+def check_state(settings: Settings, where, state: PriorityPropState) -> None:
+    """Raises unless the state was made for these units and cycles."""
     shapes = [c.shape for c in jax.tree.leaves(state.counts)]
     _units.check_layout(where, state.depths.size, shapes)
     if state.rank.size != settings.recalc_every:
@@ -370,9 +392,15 @@ def _saturating_add(count: jax.Array, more: jax.Array) -> jax.Array:
     return jnp.where(count > most - more, most, count + more)
 
 
-def _recalculate(settings, where, leaves, factors, state, plan: _Plan) -> _Plan:
+def _recalculate(settings, where, leaves, factors, state, steps, plan: _Plan) -> _Plan:
     """Scores from gradients, quotas from scores."""
-    sizes = _magnitudes(settings, where, leaves)
+    if steps is None:
+        sizes = _magnitudes(settings, where, leaves)
+    else:
+        sizes = _gains(where, leaves, steps(_everyone(where, leaves, plan)))
+    if settings.axis_name is not None:
+        n = lax.psum(1, settings.axis_name)
+        sizes = [lax.psum(x / n, settings.axis_name) for x in sizes]
     finite = [jnp.isfinite(x) for x in sizes]
     sizes = [jnp.where(ok, x, 0.0) for x, ok in zip(sizes, finite, strict=True)]
     scores, score_state = _score(settings, where, sizes, factors, state)
@@ -406,13 +434,24 @@ def _recalculate(settings, where, leaves, factors, state, plan: _Plan) -> _Plan:
 def _magnitudes(settings: Settings, where, leaves) -> list[jax.Array]:
     """One array per leaf for element units, else one vector over all units."""
     if where.axes is None:
-        sizes = [element_magnitudes(g) for g in leaves]
-    else:
-        sizes = [magnitudes(leaves, where.axes, settings.magnitude)]
-    if settings.axis_name is not None:
-        n = lax.psum(1, settings.axis_name)
-        sizes = [lax.psum(x / n, settings.axis_name) for x in sizes]
-    return sizes
+        return [element_magnitudes(g) for g in leaves]
+    return [magnitudes(leaves, where.axes, settings.magnitude)]
+
+
+def _gains(where, leaves, steps) -> list[jax.Array]:
+    """The same of gradients and steps."""
+    if where.axes is None:
+        return list(map(element_gains, leaves, steps))
+    return [gains(leaves, steps, where.axes)]
+
+
+def _everyone(where, leaves, plan: _Plan) -> Turn:
+    """A turn in which each unit is due once."""
+    if where.axes is not None:
+        return Turn(where, leaves, [jnp.ones(where.size, jnp.int32)])
+    # Shaped and sharded like the leaves already.
+    once = [lax.convert_element_type(ok, jnp.int32) for ok in plan.finite]
+    return Turn(where, leaves, once)
 
 
 def _score(settings: Settings, where, sizes, factors, state):

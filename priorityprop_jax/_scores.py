@@ -15,7 +15,8 @@ from jax import lax
 from ._units import join
 
 
-MAGNITUDES = ("l2", "l1", "mean", "rms", "max")
+MAGNITUDES = ("l2", "l1", "mean", "rms", "max")  # of a gradient alone
+TAYLOR = "taylor"  # of a gradient and of the optimizer's step, see `gains`
 _MOST = float(jnp.finfo(jnp.float32).max)
 
 
@@ -29,7 +30,7 @@ class ScoreInputs(NamedTuple):
       ... )
     """
 
-    magnitudes: jax.Array  # size of the gradients, dtype=float32, finite
+    magnitudes: jax.Array  # size of the gradients or gain, dtype=float32, finite
     counts: jax.Array  # updates given so far, dtype=int32
     depth_factors: jax.Array  # broadcasts against magnitudes, dtype=float32
     index: jax.Array  # place in the order of units, dtype=uint32
@@ -166,6 +167,47 @@ def element_magnitudes(g: jax.Array) -> jax.Array:
     """`magnitudes` where each element is a unit, shaped like the leaf."""
     size = _modulus(g)
     return jnp.where(jnp.isfinite(size), size, jnp.nan)
+
+
+def gains(
+    leaves: Sequence[jax.Array],
+    steps: Sequence[jax.Array],
+    kept: Sequence[tuple[int, ...]],
+) -> jax.Array:
+    """What each unit's own step gains, one float32 vector; NaN where not finite.
+
+    The decrease of the loss to first order, ``max(0, -sum(g * u))``, of gradients g
+    and the steps u that an optimizer would add to the params (ElasticTrainer, Huang et
+    al., 2023). `kept` are the axes of each leaf that units lie along.
+    """
+    return join(
+        [
+            element_gains(g, u, tuple(a for a in range(g.ndim) if a not in k))
+            for g, u, k in zip(leaves, steps, kept, strict=True)
+        ]
+    )
+
+
+def element_gains(g: jax.Array, u: jax.Array, axes: tuple[int, ...] = ()) -> jax.Array:
+    """`gains` where each element is a unit, shaped like the leaf; or summed over axes.
+
+    The gain is in units of the loss, so scales as in `magnitudes` are not needed:
+    products below 2**-126 are nothing. Beyond 2**96 they count as that, and no sum of
+    2**31 of them overflows.
+    """
+    g, u = lax.stop_gradient((g, u))
+    products = _product(jnp.real(g), jnp.real(u))
+    if jnp.iscomplexobj(g):
+        products = products + _product(jnp.imag(g), jnp.imag(u))
+    return jnp.maximum(0.0 - jnp.sum(products, axis=axes), 0.0)  # NaN stays
+
+
+def _product(g: jax.Array, u: jax.Array) -> jax.Array:
+    finite = jnp.isfinite(g) & jnp.isfinite(u)
+    if jnp.float64 in (g.dtype, u.dtype):  # which can be beyond float32
+        g, u = (jnp.clip(x, -_MOST, _MOST) for x in (g, u))
+    product = g.astype(jnp.float32) * u.astype(jnp.float32)
+    return jnp.where(finite, jnp.clip(product, -(2.0**96), 2.0**96), jnp.nan)
 
 
 def _varies(x: jax.Array) -> bool:

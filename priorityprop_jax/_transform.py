@@ -78,7 +78,8 @@ def priority_prop(
       units: ``"leaf"``, ``"element"`` (each scalar), or a pytree (or prefix) of tuples
         of axes to keep, see `unit_axes`. Static.
       magnitude: ``"l2"``, ``"l1"``, ``"mean"``, ``"rms"`` or ``"max"`` of a unit's
-        gradient.
+        gradient. (``"taylor"`` needs the steps of the optimizer, which `prioritize`
+        sees.)
       score: a `Score`, or ``"priority"``, ``"gradient"`` (no counts, no depth),
         ``"uniform"``, ``"random"``, ``"cyclic"``, ``"ucb"``.
       depth_factor: a number b means ``1 + b * depth / max(depth)``; or a

@@ -74,6 +74,8 @@ def _subjects():
                 name = f"prioritize-{inner}-{units}-{resting}"
                 build = part(_prioritized, inner, units, resting)
                 yield name, Subject(build, inner == "adamw")
+        build = part(_prioritized, "adam", units, "keep", magnitude="taylor")
+        yield f"prioritize-adam-{units}-taylor", Subject(build)
 
 
 SUBJECTS = dict(_subjects())
