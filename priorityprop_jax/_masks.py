@@ -33,6 +33,16 @@ class StaticMask:
 
     leaves: tuple[bool | tuple[bool, ...], ...]
     treedef: Any
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash((self.leaves, self.treedef)))
+
+    def __hash__(self) -> int:
+        return self._hash  # is asked for several times at each training step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StaticMask, (self.leaves, self.treedef)  # hashes differ by process
 
     @property
     def tree(self) -> Any:

@@ -31,7 +31,7 @@ from priorityprop_jax import (
     StaticMask,
     value_and_grad,
 )
-from priorityprop_jax.training import _programs, _step, guard
+from priorityprop_jax.training import _programs, _step
 from priorityprop_jax.training._step import make_train_step, Variant
 
 
@@ -330,11 +330,13 @@ def test_donation(mode):
 # What rests costs nothing.
 
 
-def test_flops_and_copies(optimized):
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_flops_and_copies(skip_nonfinite, optimized):
     """Of matmuls, in a net of three layers; and nothing of what rests is copied."""
     tx, width, batch = build("prioritize adam", score=FIXED), 40, 64
     p, data = dense(width, width, width, width), (draw(batch, width),) * 2
-    s, step = tx.init(p), make_train_step(loss, tx, "static")
+    step = make_train_step(loss, tx, "static", skip_nonfinite=skip_nonfinite)
+    s = tx.init(p)
     p, s, _ = train(step, tx, [data] * CYCLE, p, s)
     exact = {v: f for v, f in step.variants.items() if v.kind == "exact"}
     assert len(exact) > 1
@@ -355,14 +357,13 @@ def test_flops_and_copies(optimized):
         assert all(any(name in copy for name in moving) for copy in copies), copies
 
 
-@pytest.mark.parametrize("guarded", [False, True])
-def test_resting_leaves_are_returned_as_they_are(guarded):
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_resting_leaves_are_returned_as_they_are(skip_nonfinite):
     """Params and Adam's moments of what rests."""
     tx = build("prioritize adam", score=FIXED)
-    tx = guard(tx, rests=True) if guarded else tx
     p = params()
     mask = static_mask({k: {"w": k == "d2", "b": k == "d2"} for k in p})
-    recipe = _programs.Recipe(loss, tx, False, None, None)
+    recipe = _programs.Recipe(loss, tx, False, None, None, skip_nonfinite)
     program = functools.partial(_programs.later_step, recipe, Variant(mask, "exact"))
     out = jax.make_jaxpr(program)(p, tx.init(p), *batches(1)[0]).jaxpr
     untouched = sum(x in out.invars for x in out.outvars)

@@ -8,7 +8,6 @@ from ._cache import (
 )
 from ._checkpoint import Checkpoints as Checkpoints
 from ._checkpoint_files import load_report as load_report
-from ._guard import guard as guard, GuardState as GuardState
 from ._history import History as History
 from ._loop import Event as Event
 from ._programs import Metrics as Metrics, Variant as Variant

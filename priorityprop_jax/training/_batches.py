@@ -136,7 +136,7 @@ def _is_numbers(x: Any) -> bool:
 
 
 def _array(x: Any, name: str) -> Any:
-    if isinstance(x, jax.Array):
+    if isinstance(x, jax.Array) or (type(x) is np.ndarray and x.dtype.kind in "biufc"):
         return x
     try:
         if hasattr(x, "detach"):  # torch
@@ -164,6 +164,9 @@ def agreed_size(name: str, batch: Any, scalars: bool = False) -> int:
       ValueError: two differ, there is none, or one is a scalar, unless `scalars` are
         passed over.
     """
+    found = {np.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(found) == 1 and () not in found:
+        return found.pop()[0]
     pairs = jax.tree_util.tree_flatten_with_path(batch)[0]
     sizes = []
     for path, x in pairs:
@@ -573,12 +576,12 @@ def feed(
                 weights = None
                 if pads:
                     largest = _grow(largest, count, placement.multiple, name)
-                    batch, weights = pad(batch, largest)
-                    if full is not None and full.size == count == largest:
+                    even = agreed_size("batch", batch) == largest
+                    if even and full is not None and full.size == largest:
                         data, weights = placement.batch(batch), full
                     else:
-                        data, weights = placement.batch((batch, weights))
-                        full = weights if count == largest else full
+                        data, weights = placement.batch(pad(batch, largest))
+                        full = weights if even else full
                 else:
                     data = placement.batch(batch)
                 yield Batch(epoch, index, data, weights, count, False, largest, after)

@@ -73,13 +73,12 @@ class Loop:
                 self._step(batch)
                 if batch.last:
                     self._end_epoch()
-                after = (
-                    (batch.epoch + 1, 0)
-                    if batch.last
-                    else (batch.epoch, batch.index + 1)
-                )
-                t.place = dict(zip(("start_epoch", "start_batch"), after, strict=True))
-                t.place |= {"size": batch.size, "state": batch.state}
+                t.place = {
+                    "start_epoch": batch.epoch + batch.last,
+                    "start_batch": 0 if batch.last else batch.index + 1,
+                    "size": batch.size,
+                    "state": batch.state,
+                }
                 if self._saved is not None:
                     self._saved.maybe_save(t.step, tree_of(t), self._meta)
                 if signal.is_set(t.step):

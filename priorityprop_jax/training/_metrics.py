@@ -18,7 +18,7 @@ from ..report import PriorityReport
 from ._objective import EXAMPLES, STEPS
 
 
-DELAY = 20  # steps
+DELAY = 10  # steps
 _MASKS = 256  # different ones, before their sums are made
 
 
@@ -26,7 +26,8 @@ class Background:
     """A queue of small arrays, in the order of their steps.
 
     Args:
-      delay: how many entries stay unread, as the device may not have got to them.
+      delay: how many entries stay unread, as the device may not have got to them. As
+        many more are waited for, so that the host is woken once for all of these.
     """
 
     def __init__(self, delay: int = DELAY):
@@ -43,6 +44,8 @@ class Background:
 
     def pop(self, everything: bool = False) -> Iterator[tuple[Any, Any]]:
         """Pairs of tag and NumPy arrays: those old enough, or all of them."""
+        if not everything and len(self._queue) <= 2 * self._delay:
+            return
         while len(self._queue) > (0 if everything else self._delay):
             tag, tree = self._queue.popleft()
             yield tag, jax.tree.map(np.asarray, tree)
@@ -55,21 +58,29 @@ class Means:
     """Sums over examples, from which the means of an epoch are made."""
 
     def __init__(self, saved: Mapping[str, float] | None = None):
-        self.sums: dict[str, float] = dict(saved or {})
-        self.entries = 0
+        self.entries, self._names = 0, list(saved or ())
+        self._sums = np.array(list((saved or {}).values()), np.float64)
+
+    @property
+    def sums(self) -> dict[str, float]:
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def add(self, names: Sequence[str], sums: np.ndarray) -> None:
         """Adds the sums of a step; one of the names is `EXAMPLES`."""
         self.entries += 1
-        for name, x in zip(names, sums.tolist(), strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + x
+        if names != self._names:
+            before = self.sums
+            self._names = [*names, *(x for x in before if x not in names)]
+            self._sums = np.array([before.get(x, 0.0) for x in self._names])
+        self._sums[: len(names)] += sums
 
     def means(self) -> dict[str, float]:
         """The loss first; NaN where there was no example."""
-        n = self.sums.get(EXAMPLES, 0.0)
-        names = sorted(self.sums, key=lambda name: (name != "loss", name))
+        sums = self.sums
+        n = sums.get(EXAMPLES, 0.0)
+        names = sorted(sums, key=lambda name: (name != "loss", name))
         mean = lambda x: x / n if n else float("nan")
-        return {x: mean(self.sums[x]) for x in names if x not in (EXAMPLES, STEPS)}
+        return {x: mean(sums[x]) for x in names if x not in (EXAMPLES, STEPS)}
 
 
 class Account:

@@ -1,6 +1,5 @@
 """Where params, optimizer state and batches lie: one device, many, many processes."""
 
-import collections
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -316,8 +315,7 @@ def batch_size(batch: Any) -> int:
       3
     """
     sizes = [np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)]
-    counted = collections.Counter(sizes).most_common(1)
-    return counted[0][0] if counted else 1
+    return max(sizes, key=sizes.count, default=1)
 
 
 def _default_device() -> Any:

@@ -15,14 +15,12 @@ from .._masks import StaticMask
 from .._prioritize import PrioritizeState
 from .._priority import find_state, largest_quotas, PriorityPropState
 from .._transform import active
-from ._guard import GuardState
 
 
 # States of which it is known that a call of `update` is one for what they hold, too.
 # Others (`optax.MultiSteps`, `optax.apply_if_finite`) may hold it back.
 _IN_STEP = (
     PrioritizeState,
-    GuardState,
     optax.MaskedState,
     optax.transforms.PartitionState,
     optax.InjectHyperparamsState,
@@ -67,6 +65,7 @@ class Recipe(NamedTuple):
     has_aux: bool
     index: int | None
     units: Any
+    skip_nonfinite: bool
 
 
 class Place(NamedTuple):
@@ -98,8 +97,40 @@ def _update(
 ) -> tuple[Any, Any]:
     """The new params and the new state. The loss goes to those who ask for `value`."""
     tx = optax.with_extra_args_support(recipe.tx)
-    updates, state = tx.update(gradients, opt_state, params, value=metrics.loss)
-    return optax.apply_updates(params, updates), state
+
+    def update(gradients, opt_state, params):
+        updates, state = tx.update(gradients, opt_state, params, value=metrics.loss)
+        return optax.apply_updates(params, updates), state
+
+    if not recipe.skip_nonfinite:
+        return update(gradients, opt_state, params)
+    holder = find_place(opt_state, params, recipe.index).holder
+    # A selection for each array would cost copies: new params come from new moments.
+    return lax.cond(
+        jnp.all(jnp.isfinite(metrics.loss)),
+        update,
+        lambda _, state, params: (params, state if holder else _pass_over(state)),
+        gradients,
+        opt_state,
+        params,
+    )
+
+
+def _pass_over(opt_state: Any) -> Any:
+    """Of a step that changes nothing: only the schedule goes on.
+
+    The host knows the plan of a cycle beforehand, so it must not be held up. If the
+    very first step is lost, each unit gets a quota of one, as there have to be quotas.
+    """
+
+    def next_step(x):
+        if not _is_ours(x):
+            return x
+        one = lambda q: jnp.where(x.step == 0, jnp.ones_like(q), q)
+        step = optax.safe_increment(x.step)
+        return x._replace(step=step, quotas=jax.tree.map(one, x.quotas))
+
+    return jax.tree.map(next_step, opt_state, is_leaf=_is_ours)
 
 
 def dynamic_step(recipe: Recipe, params, opt_state, *batch, **kwargs):
@@ -113,9 +144,14 @@ def dynamic_step(recipe: Recipe, params, opt_state, *batch, **kwargs):
 
 
 def first_step(recipe: Recipe, params, opt_state, *batch, **kwargs):
-    """The first step of a cycle; returns a summary of the new state, too."""
+    """The first step of a cycle.
+
+    Returns a summary of the new state, too, unless the cycle is over with it.
+    """
     metrics, gradients = _gradients(recipe, None, params, batch, kwargs)
     params, opt_state = _update(recipe, metrics, gradients, opt_state, params)
+    if find_state(opt_state, params, recipe.index).rank.size == 1:
+        return params, opt_state, metrics
     return params, opt_state, metrics, summarize(recipe, opt_state, params)
 
 
@@ -180,8 +216,8 @@ def _unmoved(
     choose = lambda on, new, old: old if on is False else new
     is_ours = lambda x: isinstance(x, PrioritizeState)
     last = opt_state
-    while isinstance(last, GuardState) or (type(last) is tuple and last):
-        last = last.inner if isinstance(last, GuardState) else last[-1]
+    while type(last) is tuple and last:
+        last = last[-1]
     if is_ours(last):
         new_params = jax.tree.map(choose, mask.tree, new_params, params)
     shapes = jax.tree.map(jnp.shape, params)
@@ -214,9 +250,12 @@ def summarize(recipe: Recipe, opt_state: Any, params: Any) -> jax.Array:
     return jnp.concatenate([state.step[None], state.rank, *map(jnp.ravel, most)])
 
 
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, PriorityPropState)
+
+
 def _ours(tree: Any) -> list[PriorityPropState]:
-    is_ours = lambda x: isinstance(x, PriorityPropState)
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_ours) if is_ours(x)]
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_ours) if _is_ours(x)]
 
 
 def find_place(opt_state: Any, params: Any, index: int | None) -> Place:

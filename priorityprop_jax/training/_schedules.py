@@ -76,15 +76,17 @@ class ScheduleArguments(NamedTuple):
             )
         given = depths if isinstance(self.depths, str) else self.depths
         budget, least, most = self.total_budget, self.min_updates, self.max_updates
-        if budget is None:
-            budget, least, most, costs = 1.0, self.recalc_every, self.recalc_every, None
+        recalc_every, magnitude = self.recalc_every, self.magnitude
+        if budget is None:  # nobody competes: each step can be a cycle
+            budget, least, most, recalc_every, costs = 1.0, 1, 1, 1, None
+            magnitude = "l2"
         arguments: dict[str, Any] = dict(
             budget=budget,
             min_updates=least,
             max_updates=most,
-            recalc_every=self.recalc_every,
+            recalc_every=recalc_every,
             units=self.units,
-            magnitude=self.magnitude,
+            magnitude=magnitude,
             score=self.score,
             depth_factor=self.depth_factor,
             depths=given,
@@ -96,12 +98,6 @@ class ScheduleArguments(NamedTuple):
         if self.transformation == "chain":
             return optax.chain(priority_prop(**arguments), self.optimizer)
         return prioritize(self.optimizer, resting=self.resting, **arguments)
-
-    def rests(self) -> bool:
-        """Whether `build` makes a `prioritize` that asks what is due at each step."""
-        budget, least, most = self.total_budget, self.min_updates, self.max_updates
-        full = budget is None or isinstance(least, int) and least == most
-        return self.transformation == "prioritize" and not full
 
     def look(
         self, loss: Callable[..., Any], example: tuple, given: bool

@@ -62,9 +62,13 @@ def _read(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x))
 
 
-def _any_traced(tree: Any) -> bool:
-    kinds = set(map(type, jax.tree.leaves(tree)))  # few, unlike leaves
-    return any(issubclass(kind, jax.core.Tracer) for kind in kinds)
+@functools.lru_cache(maxsize=256)
+def _is_tracer(kind: type) -> bool:
+    return issubclass(kind, jax.core.Tracer)
+
+
+def _any_traced(leaves: list[Any]) -> bool:
+    return any(map(_is_tracer, set(map(type, leaves))))
 
 
 def _masks(
@@ -174,6 +178,7 @@ class TrainStep:
         self._dynamic = self._jit(functools.partial(dynamic_step, recipe))
         self._summarize = jax.jit(functools.partial(summarize, recipe))
         self._places: dict[Any, Place] = {}
+        self._everything: dict[Any, tuple[StaticMask, Variant]] = {}
         self._depths: dict[Any, list[int]] = {}
         self._ahead: dict[Variant, Future] = {}
         self._calls = 0
@@ -199,7 +204,9 @@ class TrainStep:
     ) -> tuple[Any, Any, Metrics]:
         """One step: the new params, the new state, and `Metrics`."""
         call = params, opt_state, *batch
-        if _any_traced((call, kwargs)):
+        leaves, treedef = jax.tree.flatten(opt_state)
+        arrays, structure = jax.tree.flatten(params)
+        if _any_traced([*leaves, *arrays, *jax.tree.leaves((batch, kwargs))]):
             if self._asked == "static":
                 raise TypeError(
                     "a training step with mode='static' reads the quotas between the "
@@ -209,7 +216,6 @@ class TrainStep:
             return dynamic_step(self._recipe, *call, **kwargs)
         if self.mode == "dynamic":
             return self._dynamic(*call, **kwargs)
-        leaves, treedef = jax.tree.flatten(opt_state)
         place = self._places.get(treedef)
         if place is None:
             place = find_place(opt_state, params, self._recipe.index)
@@ -218,7 +224,7 @@ class TrainStep:
             if self.mode == "dynamic":
                 return self._dynamic(*call, **kwargs)
         length = np.size(leaves[place.rank])
-        cycle = self._recall(place, leaves)
+        cycle = self._recall(place, leaves) if length > 1 else _Cycle(0, None, {})
         r = cycle.step % length
         self._calls += 1
         if r and not cycle.plan:
@@ -228,22 +234,20 @@ class TrainStep:
         if r:
             due, variant = cycle.plan[r]
         else:
-            everything = jax.tree.structure(params)
-            due = StaticMask((True,) * everything.num_leaves, everything)
-            variant = Variant(due, "first")
-        program = self._program(variant)
-        if variant in self._ahead:
+            due, variant = self._first(structure)
+        program = self.variants.get(variant) or self._program(variant)
+        if self._ahead and variant in self._ahead:
             self._ahead.pop(variant).result()
         params, opt_state, metrics, *summary = program(*call, **kwargs)
         metrics = metrics._replace(due=_by_leaf(due))
         self.account[due] += 1
         self.computed[variant.mask] += 1
-        cycle = cycle._replace(step=min(cycle.step + 1, _LAST))
-        if summary:
-            cycle = cycle._replace(summary=summary[0], plan={})
-            if length > 1:
+        if length > 1:
+            cycle = cycle._replace(step=min(cycle.step + 1, _LAST))
+            if summary:
+                cycle = cycle._replace(summary=summary[0], plan={})
                 summary[0].copy_to_host_async()
-        self._remember(place, opt_state, cycle)
+            self._remember(place, opt_state, cycle)
         return params, opt_state, metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,6 +321,14 @@ class TrainStep:
 
     def _jit(self, program: Callable[..., Any]) -> Any:
         return jax.jit(program, donate_argnums=(0, 1) if self._donate else ())
+
+    def _first(self, treedef: Any) -> tuple[StaticMask, Variant]:
+        """The mask and the program of the first step of a cycle."""
+        known = self._everything.get(treedef)
+        if known is None:
+            due = StaticMask((True,) * treedef.num_leaves, treedef)
+            known = self._everything[treedef] = due, Variant(due, "first")
+        return known
 
     def _program(self, variant: Variant) -> Any:
         if variant not in self.variants:
@@ -461,6 +473,7 @@ def make_train_step(
     *,
     index: int | None = None,
     units: Any = None,
+    skip_nonfinite: bool = False,
     donate: bool = True,
     max_variants: int = 32,
     compile_ahead: bool = True,
@@ -500,6 +513,10 @@ def make_train_step(
       index: which `PriorityPropState`, where `tx` has several.
       units: what the transformation was given as `units`, so that leaves with units
         along their first axis, layers stacked for a `jax.lax.scan`, rest by layer.
+      skip_nonfinite: whether a step whose loss is not finite changes nothing: params,
+        moments, counts, scores and quotas stay, and only the step of the schedule goes
+        on. A first step of a cycle that is lost this way leaves the quotas of the cycle
+        before; the very first one, before which there are none, each unit one update.
       donate: whether params and state are given up to the step, which reuses their
         memory.
       max_variants: bound for the number of programs in static mode, at least 2. A
@@ -542,5 +559,5 @@ def make_train_step(
             f"prioritize(optax.adam(1e-3), budget=0.5)"
         )
     check_count("max_variants", max_variants, least=2, static=True)
-    recipe = Recipe(loss_fn, tx, has_aux, index, units)
+    recipe = Recipe(loss_fn, tx, has_aux, index, units, skip_nonfinite)
     return TrainStep(recipe, mode, donate, max_variants, compile_ahead)

@@ -17,7 +17,6 @@ from ..report import priority_report, PriorityReport
 from ._batches import Batch
 from ._checkpoint import Checkpoints
 from ._evaluation import evaluate, predict
-from ._guard import guard
 from ._history import History
 from ._loop import Event, Loop
 from ._metrics import Account, Means
@@ -57,7 +56,7 @@ class PriorityPropTrainer:
         a scalar, each new size of a batch is another program. A loss that compares
         examples must be a scalar, as it would see the padding.
       total_budget: as `budget` of `prioritize`: updates in a cycle, or a share. None:
-        all leaves at every step, the optimizer alone.
+        all leaves at every step, the optimizer alone; each step is a cycle then.
       min_updates: see `prioritize`.
       max_updates: see `prioritize`.
       recalc_every: see `prioritize`.
@@ -79,7 +78,7 @@ class PriorityPropTrainer:
         pass, such as ``jnp.bfloat16``. Params, optimizer and loss stay in their type.
         With ``loss_fn(model, batch, rng)`` the batch comes as it is.
       on_nonfinite: where the loss of a step is not finite, that step changes nothing
-        (see `guard`). Then ``"raise"``: a FloatingPointError, some steps later;
+        (see `make_train_step`). Then ``"raise"``: a FloatingPointError, some steps later;
         ``"skip"``: it is counted.
       seed: of keys and of ``score="random"``. Step i has the key
         ``jax.random.fold_in(jax.random.key(seed), i)``.
@@ -221,6 +220,7 @@ class PriorityPropTrainer:
         self._saved_step: dict[str, Any] | None = None
         self._structure = Structure(self._objective)
         self._programs: dict[Any, Any] = {}
+        self._padded: dict[Any, bool] = {}
 
     def __repr__(self) -> str:
         return (
@@ -421,7 +421,12 @@ class PriorityPropTrainer:
         """Whether batches like this one can be padded."""
         if self.model.couples_examples:
             return False
-        return self._objective.is_by_example(self.params, self.state, batch, True)
+        kinds = [(np.shape(x), np.result_type(x)) for x in jax.tree.leaves(batch)]
+        key = jax.tree.structure(batch), *kinds, *self._objective.metrics.items()
+        if key not in self._padded:  # takes a trace
+            arguments = self.params, self.state, batch, True
+            self._padded[key] = self._objective.is_by_example(*arguments)
+        return self._padded[key]
 
     def build(self, batch: Batch) -> None:
         """Makes, from the first batch, what is not there yet."""
@@ -434,7 +439,12 @@ class PriorityPropTrainer:
             self.build_schedule(*found)
         units = None if self._given else self._arguments.units
         self.train_step = make_train_step(
-            self._objective.train, self._tx, self._mode, has_aux=True, units=units
+            self._objective.train,
+            self._tx,
+            self._mode,
+            has_aux=True,
+            units=units,
+            skip_nonfinite=True,
         )
         if self._saved_step is not None:
             self.train_step.load_state_dict(self._saved_step, self.params)
@@ -444,14 +454,14 @@ class PriorityPropTrainer:
     def build_schedule(self, depths: Any, costs: Any, schedule_costs: Any) -> None:
         """Makes the optimizer and its state."""
         self.depths, self.costs, self.schedule_costs = depths, costs, schedule_costs
-        tx, rests = self._arguments.optimizer, False
+        tx = self._arguments.optimizer
         if not self._given:
             tx = self._arguments.build(depths, schedule_costs)
-            rests = self._arguments.rests()
-        self._tx = self.placement.constrain(guard(tx, rests))
+        self._tx = self.placement.constrain(tx)
         self.opt_state = self.placement.init(self._tx, self.params)
         schedule = find_state(self.opt_state, self.params)
-        self.recalc_every = int(np.size(schedule.rank))
+        if self._given:
+            self.recalc_every = int(np.size(schedule.rank))
         self.units_in_all = int(np.sum(jax.device_get(schedule.sizes)))
         self.account = Account(costs)
         self._snapshot = by_leaf_on_device(self.opt_state, self.params)
