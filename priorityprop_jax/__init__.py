@@ -13,6 +13,13 @@ from ._priority import (
     DepthFactor as DepthFactor,
     PriorityPropState as PriorityPropState,
 )
+from ._row_sparse import row_sparse as row_sparse, RowSparseState as RowSparseState
+from ._rows import (
+    put_rows as put_rows,
+    Rows as Rows,
+    take_rows as take_rows,
+    touched_rows as touched_rows,
+)
 from ._savings import Savings as Savings
 from ._schedule import schedule as schedule
 from ._scores import Score as Score, ScoreInputs as ScoreInputs

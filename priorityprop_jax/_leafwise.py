@@ -313,14 +313,14 @@ def _owners_by_shape(init: Callable, kind: Any, shapes: tuple) -> tuple[int, ...
         for b in range((len(shapes) - 1).bit_length())
     ]
     owners = []
-    for path, of_step in zip(paths(full), _of_the_step(full), strict=True):
+    for path, of_step in zip(paths(full), of_the_step(full), strict=True):
         leaf = sum(1 << b for b, seen in enumerate(digits) if path in seen)
         shared = _STEP if of_step else SHARED
         owners.append(shared if path in always else leaf)
     return tuple(owners)
 
 
-def _of_the_step(state: Any) -> list[bool]:
+def of_the_step(state: Any) -> list[bool]:
     """Which state counts steps of training: that of schedules, not of leaves."""
 
     def mark(node):

@@ -1,4 +1,4 @@
-"""``make_train_step(..., skip_nonfinite=True)``: a step with a bad loss changes nothing."""
+"""``make_train_step(..., skip_nonfinite=True)``: a bad step changes nothing."""
 
 import jax
 import jax.numpy as jnp

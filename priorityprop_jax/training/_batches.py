@@ -136,7 +136,10 @@ def _is_numbers(x: Any) -> bool:
 
 
 def _array(x: Any, name: str) -> Any:
-    if isinstance(x, jax.Array) or (type(x) is np.ndarray and x.dtype.kind in "biufc"):
+    if isinstance(x, jax.Array):
+        return x
+    plain = type(x) is np.ndarray and x.dtype.kind in "biufc"
+    if plain:  # as most are
         return x
     try:
         if hasattr(x, "detach"):  # torch

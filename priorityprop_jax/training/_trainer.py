@@ -78,8 +78,8 @@ class PriorityPropTrainer:
         pass, such as ``jnp.bfloat16``. Params, optimizer and loss stay in their type.
         With ``loss_fn(model, batch, rng)`` the batch comes as it is.
       on_nonfinite: where the loss of a step is not finite, that step changes nothing
-        (see `make_train_step`). Then ``"raise"``: a FloatingPointError, some steps later;
-        ``"skip"``: it is counted.
+        (see `make_train_step`). Then ``"raise"``: a FloatingPointError, some steps
+        later; ``"skip"``: it is counted.
       seed: of keys and of ``score="random"``. Step i has the key
         ``jax.random.fold_in(jax.random.key(seed), i)``.
       checkpoint_dir: where to save, with orbax; None: nowhere.
