@@ -135,11 +135,12 @@ def _is_numbers(x: Any) -> bool:
     return isinstance(x, bool | int | float | complex | np.generic)
 
 
+def _is_plain(x: Any) -> bool:
+    return type(x) is np.ndarray and x.dtype.kind in "biufc"
+
+
 def _array(x: Any, name: str) -> Any:
-    if isinstance(x, jax.Array):
-        return x
-    plain = type(x) is np.ndarray and x.dtype.kind in "biufc"
-    if plain:  # as most are
+    if isinstance(x, jax.Array) or _is_plain(x):
         return x
     try:
         if hasattr(x, "detach"):  # torch
