@@ -31,7 +31,7 @@ def workload(data_dir: str | None, scale: str) -> Workload:
         quality=accuracy(apply, test, images.test_labels),
         targets=(0.975, 0.982),
         batch_size=128,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         steps=2800,
         evaluations=50,
         examples=len(x),
