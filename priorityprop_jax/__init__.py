@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import plots as plots, propagation as propagation
+from . import plots as plots, presets as presets, propagation as propagation
 from ._allocation import allocate as allocate
 from ._costs import backward_costs as backward_costs, BackwardCosts as BackwardCosts
 from ._depth import infer_depths as infer_depths

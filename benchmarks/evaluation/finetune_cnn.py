@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from priorityprop_jax import infer_depths
-from priorityprop_jax._presets_finetune import finetune
+from priorityprop_jax.presets import finetune
 
 from ._policies import Arm, costs_of, first_batch, Program, Run, schedule
 from ._pretraining import pretrained
