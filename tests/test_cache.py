@@ -421,6 +421,24 @@ def test_file(tmp_path):
         mlp_cache(limit_bytes=100, path=file)
     mlp_cache(limit_bytes=need, path=file)  # fits into memory: the file is not used
 
+def test_features_come_in_the_same_order_from_every_trace():
+    """A file of them may be read by another process."""
+
+    def loss(params, x, y):
+        parts = [jnp.tanh(x @ w) for w in params["first"]]
+        found = sum(p @ params["last"] * (k + 1) for k, p in enumerate(parts))
+        return cross_entropy(found, y)
+
+    params = {"first": [draw(5, 7) for _ in range(8)], "last": draw(7, 3)}
+    active = {"first": False, "last": True}
+    make = lambda: CachedPrefix(loss, params, active, XS[:B], YS[:B], num_examples=B)
+    ids = np.arange(B)
+    found = [jax.tree.leaves(make()(params, ids, XS[:B], YS[:B])) for _ in range(5)]
+    assert len(found[0]) == 8
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_batches_of_other_sizes(size):

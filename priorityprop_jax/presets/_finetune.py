@@ -13,6 +13,7 @@ from .._checks import check_count, check_finite
 from .._costs import backward_costs
 from .._depth import infer_depths
 from .._masks import leaf_masks, static_mask, StaticMask
+from .._scores import gains as gains_of
 from ..training import CachedPrefix
 
 
@@ -432,24 +433,18 @@ def _update(
         new = optax.apply_updates(active, updates)
         if moves is None:
             return new, state, value, None
-        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(updates), strict=True)
-        gains = jnp.stack([_gain(g, u) for g, u in pairs])
+        sides = jax.tree.leaves(gradients), jax.tree.leaves(updates)
+        gained = jnp.nan_to_num(gains_of(*sides, [()] * len(moves)))
         chosen = zip(moves, jax.tree.leaves(new), jax.tree.leaves(active), strict=True)
         leaves = [after if on else before for on, after, before in chosen]
         return (
             jax.tree.unflatten(jax.tree.structure(active), leaves),
             state,
             value,
-            gains,
+            gained,
         )
 
     return jax.jit(update, donate_argnums=(0, 2))
-
-
-def _gain(g: jax.Array, u: jax.Array) -> jax.Array:
-    """What an update promises; nothing where that is not finite."""
-    gain = -jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32))
-    return jnp.where(jnp.isfinite(gain), jnp.maximum(gain, 0.0), 0.0)
 
 
 def _parts(params: Any, active: StaticMask) -> tuple[Any, Any]:

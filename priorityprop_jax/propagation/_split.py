@@ -209,7 +209,7 @@ def split(closed: Any, values: Sequence[Value], size: int) -> Split:
     # Numbers made of resting leaves alone, unless that is as cheap as reading them.
     read = list(jaxpr.outvars) + [
         v
-        for k in suffix
+        for k in sorted(suffix)
         if not isinstance(makes(k)[0], Known)
         for v in jaxpr.eqns[k].invars
     ]
@@ -279,7 +279,7 @@ def _narrowest(
     waiting = list(dict.fromkeys(wanted))
     for v in waiting:
         pipe((v, "out"), drain, unlimited)
-    seen = set(waiting)
+    seen = dict.fromkeys(waiting)  # in an order that is that of every other trace
     while waiting:
         v = waiting.pop()
         pipe((v, "in"), (v, "out"), capacity(v))
@@ -289,7 +289,7 @@ def _narrowest(
         for u in operands or ():
             pipe((u, "out"), (v, "in"), unlimited)
             if u not in seen:
-                seen.add(u)
+                seen[u] = None
                 waiting.append(u)
     while path := _path(left, tap, drain):
         room = min(left[a][b] for a, b in path)
