@@ -16,6 +16,7 @@ from .._prioritize import PrioritizeState
 from .._selection import check_paths
 from .._transform import priority_prop
 from .._units import layout, unstack
+from ..training._schedules import everything
 
 
 NEVER = 2**31 - 1  # later than any step
@@ -348,7 +349,7 @@ def resting_from(
       -0.0 -1.0 [1 3]
     """
     tx = optax.with_extra_args_support(inner)
-    everything = priority_prop(1.0, cycle, cycle, recalc_every=cycle)
+    schedule = priority_prop(1.0, cycle, cycle, recalc_every=cycle)
     last = np.minimum(ends, NEVER).astype(np.int32)
     rests = last < NEVER
     table: Any = costs  # of which the paths are looked at
@@ -357,7 +358,7 @@ def resting_from(
         paths = layout(params, "leaf").paths
         if paths:  # optax looks up the state's structure without any
             check_paths(table, paths)
-        plan: Any = everything.init(params)
+        plan: Any = schedule.init(params)
         quotas = jnp.full_like(plan.quotas, cycle)
         plan = plan._replace(quotas=quotas, budget=jnp.sum(quotas, dtype=jnp.int32))
         return PrioritizeState(plan, tx.init(params), ())
@@ -372,18 +373,16 @@ def resting_from(
 
     def update_fn(updates, state, params=None, **extra_args):
         plan = state.priority
-        if rests.any():
-            # Later in a cycle the quotas know; `make_train_step` hides the step there.
-            first = plan.step % cycle == 0
-            due = jnp.where(plan.step < last, jnp.int32(cycle), 0)
-            quotas = jnp.where(first, due, plan.quotas)
-            budget = jnp.where(first, jnp.sum(due, dtype=jnp.int32), plan.budget)
-            plan = plan._replace(quotas=quotas, budget=budget)
-            updates = at_rest(plan, updates, 0.0)
+        # Later in a cycle the quotas know; `make_train_step` hides the step there.
+        first = plan.step % cycle == 0
+        due = jnp.where(plan.step < last, jnp.int32(cycle), 0)
+        quotas = jnp.where(first, due, plan.quotas)
+        budget = jnp.where(first, jnp.sum(due, dtype=jnp.int32), plan.budget)
+        plan = plan._replace(quotas=quotas, budget=budget)
+        updates = at_rest(plan, updates, 0.0)
         updates, inner_state = tx.update(updates, state.inner, params, **extra_args)
-        if rests.any():
-            # Adding a negative zero changes no number, not even -0.0.
-            updates = at_rest(plan, updates, -0.0)
+        # Adding a negative zero changes no number, not even -0.0.
+        updates = at_rest(plan, updates, -0.0)
         given = jnp.minimum(jnp.minimum(plan.quotas, 1), NEVER - plan.counts)
         step = optax.safe_increment(plan.step)
         plan = plan._replace(step=step, counts=plan.counts + given)
@@ -396,6 +395,5 @@ def _in_full(
     optimizer: optax.GradientTransformation, costs: BackwardCosts, reason: str
 ) -> Preset:
     """The optimizer alone: a single program, all leaves at every step."""
-    ends = np.full(len(costs.paths), NEVER)
-    tx = resting_from(optimizer, ends, 1, costs)
+    tx = everything(priority_prop(1.0, 1, 1, recalc_every=1), optimizer)
     return Preset(tx, reason, 0.0, dict.fromkeys(costs.paths))

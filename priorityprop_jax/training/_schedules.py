@@ -94,7 +94,7 @@ class ScheduleArguments(NamedTuple):
             costs=costs,
         )
         if self.total_budget is None:
-            return _everything(priority_prop(**arguments), self.optimizer)
+            return everything(priority_prop(**arguments), self.optimizer)
         if self.transformation == "chain":
             return optax.chain(priority_prop(**arguments), self.optimizer)
         return prioritize(self.optimizer, resting=self.resting, **arguments)
@@ -126,7 +126,7 @@ class ScheduleArguments(NamedTuple):
         return depths, flops, costs
 
 
-def _everything(
+def everything(
     schedule: optax.GradientTransformation, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer alone, with the state of a schedule in which all are always due.
