@@ -6,8 +6,10 @@ their backward pass is about a quarter of the whole one's FLOPs, next to the sam
 frozen by hand; target: at least 0.9 of its speed-up. As the first step of a cycle
 computes all gradients, there is also a loop by hand that thaws the model for that step.
 
-Each sample is a cycle of 10 steps, or of 50. All loops run in turns in one process, and
-JAX has compiled before the first sample. glibc is told to keep freed memory: else the
+Each sample is 50 steps: five cycles of 10, or one of 50. (Of 10 steps the first would
+be a large part, which after another loop's turn finds all caches cold; a training run
+has no such turns.) All loops run in turns in one process, and JAX has compiled before
+the first sample. glibc is told to keep freed memory: else the
 loops, which hold and free their gradients in turns, get fresh pages or none by chance,
 which makes up to a fifth of a step. Where others use the machine, too, the CPU
 time of one thread says more than the clock on the wall.
@@ -208,8 +210,9 @@ def measure(
         for name in list(cases)[:: -1 if i % 2 else 1]:
             loop, steps = cases[name]
             start = clock()
-            loop()
-            samples[name].append((clock() - start) / steps)
+            for _ in range(LONG // steps):
+                loop()
+            samples[name].append((clock() - start) / LONG)
     return samples
 
 

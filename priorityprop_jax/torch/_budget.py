@@ -298,7 +298,9 @@ class PriorityBudget:
             p.requires_grad_(True)
         block.show()
         if block.stepped:  # a gradient is used once
-            self._optimizer.zero_grad()
+            for group in self._optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
 
     def _active(self) -> list[bool]:
         active = self._policy.active()
