@@ -421,6 +421,7 @@ def test_file(tmp_path):
         mlp_cache(limit_bytes=100, path=file)
     mlp_cache(limit_bytes=need, path=file)  # fits into memory: the file is not used
 
+
 def test_features_come_in_the_same_order_from_every_trace():
     """A file of them may be read by another process."""
 

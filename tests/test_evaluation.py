@@ -3,23 +3,15 @@
 import itertools
 import json
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import evaluate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy import stats
-
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import evaluate  # noqa: E402
-from evaluation import (  # noqa: E402
+from evaluation import (
     _policies,
     _records,
     _runner,
@@ -30,12 +22,10 @@ from evaluation import (  # noqa: E402
     mnist_cnn,
     mnist_mlp,
 )
-from evaluation._policies import ARMS, Settings  # noqa: E402
-from evaluation._records import Key  # noqa: E402
-from evaluation._runner import Step  # noqa: E402
-
-
-sys.path.remove(str(BENCHMARKS))
+from evaluation._policies import ARMS, Settings
+from evaluation._records import Key
+from evaluation._runner import Step
+from scipy import stats
 
 
 def make_workload(**changes):

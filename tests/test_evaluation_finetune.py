@@ -1,28 +1,18 @@
 """The fine-tuning workloads, on made-up data of a few kilobytes."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from priorityprop_jax import backward_costs
-
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from evaluation import (  # noqa: E402
+from evaluation import (
     _policies,
     _pretraining,
     finetune_cnn,
     finetune_transformer,
 )
 
+from priorityprop_jax import backward_costs
 
-sys.path.remove(str(BENCHMARKS))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -92,8 +92,8 @@ class PriorityBudget:
     The schedule moves with ``optimizer.step()``. A block without one, such as for a
     part of a batch whose gradients are accumulated, or where a `GradScaler` skips the
     step, leaves the schedule where it is: the next block has the same active
-    parameters. After a block with a step, the gradients are set to None
-    (``optimizer.zero_grad()``). ``optimizer.step()`` outside of a block is an error,
+    parameters. After a block with a step, the gradients are set to None, as
+    ``optimizer.zero_grad()`` does. ``optimizer.step()`` outside of a block is an error,
     see `detach`.
 
     The first step of each cycle computes all gradients. Where nobody is due at a step,
