@@ -255,6 +255,9 @@ def plot(args: argparse.Namespace) -> None:
     policies = args.policies and args.policies.split(",")
     for name, records, targets in _workloads(args):
         path = _records.path_of(name, args.out).with_suffix(".png")
+        if not any(r["purpose"] == "test" for r in records):
+            print(f"{name}: no runs on file")
+            continue
         _plots.quality_against_compute(records, targets, path, args.scale, policies)
         print(path)
 

@@ -517,6 +517,8 @@ def make_train_step(
         moments, counts, scores and quotas stay, and only the step of the schedule goes
         on. A first step of a cycle that is lost this way leaves the quotas of the cycle
         before; the very first one, before which there are none, each unit one update.
+        Inside of `jax.pmap` or `jax.shard_map` the loss must be the same on all
+        devices, such as a `jax.lax.pmean`, or they would decide differently.
       donate: whether params and state are given up to the step, which reuses their
         memory.
       max_variants: bound for the number of programs in static mode, at least 2. A
