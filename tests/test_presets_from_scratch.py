@@ -198,15 +198,21 @@ def test_predicts_what_is_counted(deep):
     assert f"saves {preset.saving:.1%} of all FLOPs" in preset.reason
     # The compiler's own count of each program, optimizer included, never is higher
     # than that of a plain step but by the bookkeeping.
-    plain = jax.jit(lambda p, s, x: optax.adam(0.1).update(jax.grad(loss)(p, x), s, p))
+    adam = optax.adam(optax.linear_schedule(0.02, 0.0, 47))
+
+    @jax.jit
+    def plain(params, state, x):
+        updates, state = adam.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
     count = lambda f, *a: f.lower(*a).compile().cost_analysis()["flops"]
-    most = count(plain, params, optax.adam(0.1).init(params), x)
+    most = count(plain, params, adam.init(params), x)
     counted = {
         v: count(program, params, state, x) for v, program in step.variants.items()
     }
     for variant, flops in counted.items():
         resting = not all(variant.mask.leaves)
-        assert flops < most if resting else flops < 1.05 * most
+        assert flops < most if resting else flops < 1.1 * most
     assert sum(not all(v.mask.leaves) for v in counted) == 3
 
 
