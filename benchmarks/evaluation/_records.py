@@ -127,7 +127,8 @@ def winner(records: Sequence[Mapping[str, Any]], target: float) -> Settings | No
     """The settings of the tuning runs that reach a target in the least CPU time.
 
     In as many runs as possible; among equals the least mean time; and where none
-    reaches it, the best quality at the end. The seed is that of the first run.
+    reaches it, the best quality at the end. A run that has lost the target again at its
+    end was lucky at an evaluation, and does not count. The seed is that of the first.
     """
     runs: dict[Settings, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -138,9 +139,10 @@ def winner(records: Sequence[Mapping[str, Any]], target: float) -> Settings | No
 
     def merit(settings):
         group = runs[settings]
-        times = [t.cpu_s for r in group if (t := time_to(r, target))]
-        final = mean([final_quality(r) for r in group])
-        return len(times) / len(group), -mean(times) if times else 0.0, final
+        final = [final_quality(r) for r in group]
+        held = [r for r, quality in zip(group, final, strict=True) if quality >= target]
+        times = [t.cpu_s for r in held if (t := time_to(r, target))]
+        return len(times) / len(group), -mean(times) if times else 0.0, mean(final)
 
     best = max(runs, key=merit, default=None)
     return best and best._replace(seed=runs[best][0]["seed"])
