@@ -90,7 +90,7 @@ def test_only_the_step_of_a_schedule_goes_on(kind, mode):
         if i == 0:  # there have to be quotas
             (schedule,) = find(new)
             assert schedule.quotas.tolist() == [1, 1]
-            assert schedule.counts.tolist() == [0, 0]
+            assert schedule.counts.tolist() == [0, 0] and schedule.budget == 2
         else:
             assert bits(earlier(new)) == bits(state)
         state = new

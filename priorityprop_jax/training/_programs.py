@@ -127,8 +127,12 @@ def _pass_over(opt_state: Any) -> Any:
         if not _is_ours(x):
             return x
         one = lambda q: jnp.where(x.step == 0, jnp.ones_like(q), q)
-        step = optax.safe_increment(x.step)
-        return x._replace(step=step, quotas=jax.tree.map(one, x.quotas))
+        units = min(sum(q.size for q in jax.tree.leaves(x.quotas)), 2**31 - 1)
+        return x._replace(
+            step=optax.safe_increment(x.step),
+            quotas=jax.tree.map(one, x.quotas),
+            budget=jnp.where(x.step == 0, jnp.full_like(x.budget, units), x.budget),
+        )
 
     return jax.tree.map(next_step, opt_state, is_leaf=_is_ours)
 
