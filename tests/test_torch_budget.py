@@ -1,5 +1,6 @@
 """In a block parameters rest for real; after it, all is as it was."""
 
+import contextlib
 import functools
 import gc
 import io
@@ -450,6 +451,56 @@ def test_exceptions_leave_nothing_half_frozen(where, error):
             take(budget, model, optimizer, x)
             assert [p.requires_grad for p in model.parameters()] == wanted
         assert budget.state.step == step + 1
+
+
+class Clamped(torch.optim.SGD):
+    """Its step calls that of its parent, which torch gives hooks, too."""
+
+    def step(self, closure=None):
+        found = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.clamp_(-0.3, 0.3)
+        return found
+
+
+def test_a_step_within_a_step_counts_once():
+    sgd(mlp())  # torch puts its hooks on a class with the first of its kind
+    model, by_hand = mlp(), mlp()
+    optimizer = Clamped(model.parameters(), lr=0.5, momentum=0.5)
+    settings = resting_but((1, 4)) | dict(budget=12, max_updates=6)
+    budget = make(model, optimizer, **settings)
+    theirs = Clamped(by_hand.parameters(), lr=0.5, momentum=0.5)
+    for step, x in enumerate(batches(4)):
+        take(budget, model, optimizer, x)
+        theirs.zero_grad()
+        by_hand(x).square().mean().backward()
+        gradients = [p.grad for p in by_hand.parameters()]
+        for _ in range(2):
+            for i, p in enumerate(by_hand.parameters()):
+                p.grad = gradients[i].clone() if i in (1, 4) else None
+            theirs.step()
+        assert budget.state.step == step + 1
+        assert list(budget.state.counts) == [0, 2 * step + 2, 0, 0, 2 * step + 2, 0]
+        for p, q in zip(model.parameters(), by_hand.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_a_block_that_goes_on_after_a_failed_step():
+    model = mlp()
+    optimizer = Fragile(model.parameters(), lr=0.1)
+    budget = make(model, optimizer)
+    optimizer.error, optimizer.fail_at = Boom, 0
+    with pytest.raises(RuntimeError, match="failed in the block"), budget.step():
+        model(batches(1)[0]).sum().backward()
+        with contextlib.suppress(Boom):
+            optimizer.step()
+        optimizer.fail_at = None
+        optimizer.step()
+    assert budget.state.step == 0
+    take(budget, model, optimizer, batches(1)[0])
+    assert budget.state.step == 1
 
 
 def test_resume_in_the_middle_of_a_cycle():

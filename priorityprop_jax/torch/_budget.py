@@ -25,7 +25,7 @@ from ..report import priority_report, PriorityReport
 from ._depths import depths_by_name, depths_by_use, Uses, watch
 from ._magnitudes import sizes_of
 from ._parameters import check_optimizer, Named, units_of
-from ._policy import Policy
+from ._policy import Policy, Row, Turn
 
 
 _uncompiled: Any = torch.compiler.disable  # what it returns has no useful type
@@ -44,10 +44,10 @@ class _Block:
         # Gradients kept from the optimizer, with their parameters.
         self.hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.kept: dict[int, torch.Tensor] = {}  # gradients to be used again
-        self.given: Sequence[int] = ()
-        self.pending: PriorityPropState | None = None  # once the optimizer is done
+        self.turn: Turn | None = None  # to be committed once the optimizer is done
+        self.depth = 0  # of steps within steps
         self.repeating = self.stepped = False
-        self.watching = contextlib.ExitStack()
+        self.watching: contextlib.ExitStack | None = None
 
     @_uncompiled
     def __enter__(self) -> None:
@@ -56,6 +56,11 @@ class _Block:
     @_uncompiled
     def __exit__(self, *error: Any) -> None:
         self.budget._close(self)
+        if self.depth and error[0] is None:
+            raise RuntimeError(
+                "optimizer.step() failed in the block, which went on: let the error "
+                "out of the block, or catch it outside, and begin another"
+            )
 
     def hide(self, p: torch.Tensor) -> None:
         """Takes the gradient away, for a while."""
@@ -268,7 +273,8 @@ class PriorityBudget:
 
         Raises:
           RuntimeError: on entering, if a block is open; from ``optimizer.step()``, if
-            it is called outside, twice in a block, or before ``loss.backward()``.
+            it is called outside, twice in a block, or before ``loss.backward()``; on
+            leaving, if ``optimizer.step()`` failed and the block went on.
         """
         return _Block(self)
 
@@ -279,21 +285,24 @@ class PriorityBudget:
                 "before the next begins"
             )
         self._attach()
-        active = self._active()
+        resting = self._resting() if self._skip else ()
         self._block = block
         try:
-            for p, on in zip(self._units, active, strict=True):
-                if self._skip and not on and p.requires_grad:
+            for i in resting:
+                p = self._units[i]
+                if p.requires_grad:
                     block.frozen.append(p)
                     p.requires_grad_(False)
-            block.watching = watch(self._uses)
+            if self._uses is not None:
+                block.watching = watch(self._uses)
         except BaseException:
             self._close(block)
             raise
 
     def _close(self, block: _Block) -> None:
         self._block = None
-        block.watching.close()
+        if block.watching is not None:
+            block.watching.close()
         for p in block.frozen:
             p.requires_grad_(True)
         block.show()
@@ -302,15 +311,16 @@ class PriorityBudget:
                 for p in group["params"]:
                     p.grad = None
 
-    def _active(self) -> list[bool]:
-        active = self._policy.active()
-        if any(active):
-            return active
+    def _resting(self) -> list[int]:
+        """Whose gradients are left out in this block."""
+        resting = self._policy.resting()
+        if len(resting) < len(self._units):
+            return resting
         # Nothing would require a gradient, and loss.backward() would fail.
         state = self._policy.state
         cost = lambda i: (state.scores[i] <= 0, state.depths[i], self._units[i].numel())
-        cheapest = min(range(len(active)), key=cost)
-        return [i == cheapest for i in range(len(active))]
+        cheapest = min(resting, key=cost)
+        return [i for i in resting if i != cheapest]
 
     def _attach(self) -> None:
         if self._hooks:
@@ -343,6 +353,9 @@ class PriorityBudget:
             )
         if block.repeating:
             return
+        if block.depth:  # a class that calls its parent's step, which has hooks, too
+            block.depth += 1
+            return
         if block.stepped:
             raise RuntimeError(
                 "optimizer.step() was called twice in one block: the schedule has a "
@@ -353,28 +366,22 @@ class PriorityBudget:
                 "optimizer.step(closure) is not supported: compute the gradients in "
                 "the block, then call optimizer.step()"
             )
-        gradients = [p.grad for p in self._units]
-        if all(g is None for g in gradients):
+        if all(p.grad is None for p in self._units):
             raise RuntimeError(
                 "optimizer.step() was called, but no parameter has a gradient: call "
                 "loss.backward() in the block before it"
             )
+        block.depth = 1
         # A fused optimizer is told to unscale by itself, and whether to skip.
         found = getattr(self._optimizer, "found_inf", None)
         if found is not None and bool(found):
             return
-        sizes = None
-        if self._policy.place == 0:
-            self._set_depths()
-            sizes = self._sizes(gradients)
-        block.given, block.pending = self._policy.turn(sizes)
-        for i, (p, g, m) in enumerate(
-            zip(self._units, gradients, block.given, strict=True)
-        ):
-            if m > 1 and g is not None:
+        block.turn = self._policy.turn(self._sizes)
+        for i in block.turn.row.repeated:
+            if (g := self._units[i].grad) is not None:
                 block.kept[i] = g.clone()  # some optimizers write to it
-            if m == 0:
-                block.hide(p)
+        for i in block.turn.row.resting:
+            block.hide(self._units[i])
 
     @_uncompiled
     def _after(self) -> None:
@@ -382,30 +389,37 @@ class PriorityBudget:
         block = self._block
         if block is None or block.repeating:
             return
-        if block.pending is not None:  # else the step was skipped
+        block.depth -= 1
+        if block.depth:
+            return
+        if block.turn is not None:  # else the step was skipped
+            row = block.turn.row
             block.repeating = True
             try:
-                for j in range(1, max(block.given)):
-                    self._repeat(block, j)
+                for j in range(1, max(row.given) if row.repeated else 1):
+                    self._repeat(block, row, j)
             finally:
                 block.repeating = False
                 block.show()
-            self._policy.commit(block.pending)
+            self._policy.commit(block.turn)
         block.stepped = True
 
-    def _repeat(self, block: _Block, j: int) -> None:
+    def _repeat(self, block: _Block, row: Row, j: int) -> None:
         """A step of the optimizer for those who are due more than j updates."""
-        due = {id(p) for p, m in zip(self._units, block.given, strict=True) if m > j}
+        due = {id(self._units[i]) for i in row.repeated if row.given[i] > j}
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 if id(p) not in due:
                     block.hide(p)
         for i, g in block.kept.items():
-            if block.given[i] > j:
+            if row.given[i] > j:
                 self._units[i].grad = g.clone()
         self._optimizer.step()
 
-    def _sizes(self, gradients: Sequence[torch.Tensor | None]) -> np.ndarray:
+    def _sizes(self) -> np.ndarray:
+        """Of all gradients; before the first, the depths are set."""
+        self._set_depths()
+        gradients = [p.grad for p in self._units]
         sizes = sizes_of(gradients, self._settings.magnitude, self._device)
         scale = getattr(self._optimizer, "grad_scale", None)
         if scale is not None:

@@ -1,15 +1,18 @@
 """The half that JAX does: from sizes of gradients to numbers of updates.
 
-The state is a `PriorityPropState` of NumPy arrays. JAX works at the first step of a
-cycle, on the CPU; what the other steps need is a table, looked up.
+JAX works at the first step of a cycle, on the CPU; what the other steps need is a
+table, looked up. Between two steps of torch all caches are cold, so that what counts is
+how much is touched: the state goes to JAX and back in two arrays, and within a cycle
+only the step moves.
 """
 
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._budget import resolve
@@ -18,7 +21,24 @@ from .._schedule import schedule
 
 
 _INT_MAX = np.iinfo(np.int32).max
-_SAVED = ("step", "counts", "scores", "quotas", "budget", "nonfinite", "depths")
+_INTEGERS = ("step", "budget", "counts", "quotas", "nonfinite", "depths")
+_SAVED = (*_INTEGERS, "scores")
+
+
+class Row(NamedTuple):
+    """A step of the schedule."""
+
+    given: list[int]  # updates of each parameter
+    resting: list[int]  # who has none
+    repeated: list[int]  # who has more than one
+
+
+class Turn(NamedTuple):
+    """What a step does, for `Policy.commit`."""
+
+    row: Row
+    state: PriorityPropState | None  # that of a new cycle, after its first step
+    rows: list[Row]  # of that cycle
 
 
 class Policy:
@@ -39,77 +59,92 @@ class Policy:
         device: Any,
     ):
         self._settings, self._names, self._device = settings, list(names), device
-        self._decide = jax.jit(functools.partial(_decide, settings, tuple(names)))
         self.state = state
+        like = self._state._replace(score_state=None)
+        self._decide = jax.jit(functools.partial(_decide, settings, tuple(names), like))
 
     @property
     def state(self) -> PriorityPropState:
-        """What is remembered; setting it may lead into the middle of a cycle."""
+        """What is remembered, in NumPy; can be set to any place within a cycle."""
+        if self._since:
+            counts = np.sum(self._since, axis=0, dtype=np.int64) + self._state.counts
+            self._state = self._state._replace(
+                step=np.int32(self._step),
+                counts=np.minimum(counts, _INT_MAX).astype(np.int32),
+            )
+            self._since = []
         return self._state
 
     @state.setter
     def state(self, state: PriorityPropState) -> None:
         self._state = jax.device_get(state)
-        self._rows: Any = None  # updates, by step and parameter
+        self._step = int(self._state.step)
+        self._since: list[list[int]] = []  # updates by the steps that are not in it yet
+        self._rows: list[Row] | None = None
 
     @property
     def place(self) -> int:
         """The step within the cycle."""
-        return int(self._state.step) % self._settings.recalc_every
+        return self._step % self._settings.recalc_every
 
-    def given(self) -> list[int]:
-        """Updates of each parameter at this step, which is not the first of a cycle."""
-        rows = self._rows
-        if rows is None:
+    def row(self) -> Row:
+        """This step, which is not the first of a cycle."""
+        if self._rows is None:
             with jax.default_device(self._device):
-                table = _rows(self._state.quotas, self._settings.recalc_every)
-            rows = self._rows = np.asarray(table).tolist()
-        return rows[self.place]
+                table = _table(self._state.quotas, self._settings.recalc_every)
+            self._rows = _rows(np.asarray(table))
+        return self._rows[self.place]
+
+    def resting(self) -> list[int]:
+        """Who needs no gradient now: nobody at the first step of a cycle."""
+        return self.row().resting if self.place else []
 
     def active(self) -> list[bool]:
-        """Who needs a gradient now: all at the first step of a cycle."""
-        if self.place == 0:
-            return [True] * len(self._names)
-        return [m > 0 for m in self.given()]
+        """The opposite, for all parameters."""
+        resting = set(self.resting())
+        return [i not in resting for i in range(len(self._names))]
 
-    def turn(self, sizes: np.ndarray | None) -> tuple[list[int], PriorityPropState]:
-        """This step's updates, and the state to set once they are done.
+    def turn(self, sizes: Callable[[], np.ndarray]) -> Turn:
+        """This step, to be committed once it is done.
 
         Args:
-          sizes: magnitudes of all gradients, NaN where one is not finite; used at the
-            first step of a cycle.
+          sizes: to be called at the first step of a cycle, for the magnitudes of all
+            gradients, NaN where one is not finite.
         """
-        state = self._state
-        if self.place == 0:
-            budget = self._settings.budget
-            if callable(budget):
-                every = self._settings.recalc_every
-                budget = resolve(budget, state.step, len(self._names), every)
-                budget = np.int32(budget)
-            else:
-                budget = None
-            with jax.default_device(self._device):
-                given, state = jax.device_get(self._decide(sizes, state, budget))
-            return given.tolist(), state
-        given = self.given()
-        counts = state.counts.astype(np.int64) + given
-        counts = np.minimum(counts, _INT_MAX).astype(np.int32)
-        step = np.int32(min(int(state.step) + 1, _INT_MAX))
-        return given, state._replace(step=step, counts=counts)
+        if self.place:
+            return Turn(self.row(), None, [])
+        measured = sizes()  # before the state is read: it may set depths
+        state, settings = self.state, self._settings
+        budget = None
+        if callable(settings.budget):
+            budget = resolve(
+                settings.budget, state.step, len(self._names), settings.recalc_every
+            )
+            budget = np.int32(budget)
+        integers = np.hstack([getattr(state, name) for name in _INTEGERS])
+        floats = np.hstack([measured, state.scores])
+        with jax.default_device(self._device):
+            found = self._decide(integers, floats, state.score_state, budget)
+            table, integers, scores, score_state = jax.device_get(found)
+        first, *rest = _rows(table)
+        state = state._replace(
+            **_unpacked(state, integers), scores=scores, score_state=score_state
+        )
+        return Turn(first, state, [first, *rest])
 
-    def commit(self, state: PriorityPropState) -> None:
-        """The step that `turn` returned this state for is done."""
-        if state.quotas is self._state.quotas:
-            self._state = state
+    def commit(self, turn: Turn) -> None:
+        """The step is done."""
+        if turn.state is not None:
+            self.state, self._rows = turn.state, turn.rows
         else:
-            self.state = state
+            self._since.append(turn.row.given)
+            self._step = min(self._step + 1, _INT_MAX)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain Python, for `torch.save` or `json.dumps`."""
-        saved = {name: getattr(self._state, name).tolist() for name in _SAVED}
-        score = [
-            np.asarray(x).tolist() for x in jax.tree.leaves(self._state.score_state)
-        ]
+        state = self.state
+        saved = {name: getattr(state, name).tolist() for name in _SAVED}
+        score = [np.asarray(x).tolist() for x in jax.tree.leaves(state.score_state)]
         every = self._settings.recalc_every
         head = {"version": 1, "names": self._names, "recalc_every": every}
         return {**head, **saved, "score_state": score}
@@ -166,13 +201,45 @@ def _array(name: str, value: Any, like: Any) -> np.ndarray:
     return found.astype(like.dtype)
 
 
-def _decide(settings: Settings, names, sizes, state, budget):
-    """`advance`, with each gradient stood for by its size: its own maximum."""
+def _unpacked(like: PriorityPropState, integers: Any) -> dict[str, Any]:
+    """The fields of `_INTEGERS`, which were put into one vector."""
+    shapes = [np.shape(getattr(like, name)) for name in _INTEGERS]
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+    split = np.split if isinstance(integers, np.ndarray) else jnp.split
+    parts = split(integers, ends[:-1])
+    return {
+        name: part.reshape(shape)
+        for name, part, shape in zip(_INTEGERS, parts, shapes, strict=True)
+    }
+
+
+def _decide(settings: Settings, names, like, integers, floats, score_state, budget):
+    """`advance`, with each gradient stood for by its size: its own maximum.
+
+    Returns the updates by step of the cycle and parameter, and the state.
+    """
     if budget is not None:
         settings = settings._replace(budget=budget)
+    sizes, scores = jnp.split(floats, 2)
+    state = jax.tree.map(jnp.asarray, like)._replace(
+        **_unpacked(like, integers), scores=scores, score_state=score_state
+    )
     gradients = OrderedDict(zip(names, sizes, strict=True))
     turn, state = advance(settings._replace(magnitude="max"), gradients, state)
-    return turn.given[0], state
+    table = schedule(state.quotas, settings.recalc_every).at[0].set(turn.given[0])
+    integers = jnp.hstack([getattr(state, name) for name in _INTEGERS])
+    return table, integers, state.scores, state.score_state
 
 
-_rows = jax.jit(schedule, static_argnums=1)
+def _rows(table: np.ndarray) -> list[Row]:
+    return [
+        Row(
+            given,
+            [i for i, m in enumerate(given) if m == 0],
+            [i for i, m in enumerate(given) if m > 1],
+        )
+        for given in table.tolist()
+    ]
+
+
+_table = jax.jit(schedule, static_argnums=1)
