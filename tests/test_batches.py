@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import gc
+import itertools
 import json
 import threading
 import time
@@ -528,6 +529,44 @@ def test_loader_may_use_its_memory_again():
 
     batches = list(feed(reuse, ONE, padded=True))
     assert [b.data[0].tolist() for b in batches] == [[i] * 4 for i in range(5)]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_that_are_alike_are_not_looked_at_again(padded):
+    """What stays in memory is not copied, and a change of kind is seen."""
+    count = itertools.count()
+    whole = [(X[4 * i : 4 * i + 4], Y[4 * i : 4 * i + 4]) for i in (0, 1)]
+    narrow = X[:4].astype(np.float64), Y[:4].astype(np.int64)
+    several = [*whole, narrow, *whole, (X[:2], Y[:2]), *whole]
+    prepare = lambda batch: (next(count), batch)[1]
+    for source, copied in [(several, False), (lambda: iter(several), True)]:
+        found = list(feed(source, ONE, padded=padded, prepare=prepare))
+        assert [b.count for b in found] == [4, 4, 4, 4, 4, 2, 4, 4]
+        for batch, raw in zip(found, several, strict=True):
+            n = len(raw[0])
+            for x, y in zip(batch.data, raw, strict=True):
+                assert x.dtype == jax.dtypes.canonicalize_dtype(y.dtype)
+                assert np.array_equal(x[:n], y)
+            assert not padded or batch.weights.sum() == n
+        shared = [np.shares_memory(b.data[0], X) for b in found]
+        assert shared[1] == shared[-1] == (not copied)
+    assert next(count) < 2 * len(several)
+    changed = lambda batch: (batch[0] + 1, batch[1])
+    found = list(feed(whole, ONE, padded=padded, prepare=changed))
+    assert np.array_equal(found[1].data[0], whole[1][0] + 1)
+
+
+def test_structure_is_still_checked():
+    """A batch of another structure than those that were alike before it."""
+
+    def check(batch):
+        if len(batch) != 2:
+            raise ValueError("another structure")
+        return batch
+
+    batches = feed([(X, Y)] * 3 + [(X, Y, Y)], ONE, padded=True, prepare=check)
+    with pytest.raises(ValueError, match="another structure"):
+        list(batches)
 
 
 # The thread.

@@ -533,6 +533,8 @@ def feed(
 
     Args:
       loader: any iterable of batches, or a function that returns one for each epoch.
+        What it yields is copied, as it may write to the same memory again; but for the
+        arrays in a list or a tuple, and those of an `ArrayLoader`.
       placement: where to put them.
       padded: whether to pad them to the size of the largest so far, rounded up to a
         multiple of the devices, so that a smaller last one needs no other program. Or
@@ -540,7 +542,8 @@ def feed(
       start_epoch, start_batch, stop_epoch, states, replay, name: as in `epochs`.
       size, state: to resume: those of the last batch that was done. In several
         processes there are no states.
-      prepare: is applied to each batch of arrays, in the thread.
+      prepare: is applied to each batch of arrays, in the thread. One that it returns as
+        it is stands for all further ones of the same structure, shapes and dtypes.
       depth: how many to prepare ahead. (One more is, to know which is the last.)
 
     Returns:
@@ -554,6 +557,8 @@ def feed(
 
     def load() -> Generator[Batch]:
         largest, full, pads = size, None, padded
+        known: _Known | None = None
+        stays = type(loader) in (list, tuple, ArrayLoader)
         items = epochs(
             loader,
             start_epoch,
@@ -567,6 +572,13 @@ def feed(
         )
         with contextlib.closing(items):
             for epoch, index, raw, after in items:
+                if known is not None and known.kind == _kind(raw):
+                    data = raw if stays else jax.tree.map(np.array, raw)
+                    weights, count = known.weights, known.count
+                    yield Batch(
+                        epoch, index, data, weights, count, False, largest, after
+                    )
+                    continue
                 batch = to_numpy(raw)
                 batch = batch if prepare is None else prepare(batch)
                 count = batch_size(batch)
@@ -588,6 +600,11 @@ def feed(
                         full = weights if even else full
                 else:
                     data = placement.batch(batch)
+                kind = (
+                    _kind(raw) if placement.on_host and _is_same(raw, batch) else None
+                )
+                if kind is not None and kind == _kind(data):
+                    known = _Known(kind, weights, count)
                 yield Batch(epoch, index, data, weights, count, False, largest, after)
 
     def generate():
@@ -601,6 +618,28 @@ def feed(
                 yield item
 
     return generate()
+
+
+class _Known(NamedTuple):
+    """What there is to know of a batch that went to the device as it came."""
+
+    kind: Any
+    weights: Any
+    count: int
+
+
+def _kind(batch: Any) -> Any:
+    """Structure, shapes and dtypes of NumPy arrays; None if anything else is there."""
+    leaves, structure = jax.tree.flatten(batch)
+    if any(type(x) is not np.ndarray for x in leaves):
+        return None
+    return structure, [(x.shape, x.dtype) for x in leaves]
+
+
+def _is_same(batch: Any, other: Any) -> bool:
+    """Whether two pytrees hold the very same arrays."""
+    ids = lambda tree: list(map(id, jax.tree.leaves(tree)))
+    return ids(batch) == ids(other)
 
 
 def _grow(largest: int, count: int, multiple: int, name: str) -> int:

@@ -131,24 +131,27 @@ def everything(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer alone, with the state of a schedule in which all are always due.
 
-    Nobody competes, so no gradient is measured, and all scores are 0.
+    Nobody competes: no gradient is measured, all scores are 0, and the quotas are there
+    from the start.
     """
     tx = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
-        return schedule.init(params), tx.init(params)
+        plan = schedule.init(params)
+        due = plan.rank.size
+        units = sum(q.size for q in jax.tree.leaves(plan.quotas))
+        plan = plan._replace(
+            quotas=jax.tree.map(lambda q: jnp.full_like(q, due), plan.quotas),
+            budget=jnp.full_like(plan.budget, min(units * due, 2**31 - 1)),
+        )
+        return plan, tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         plan, inner = state
         updates, inner = tx.update(updates, inner, params, **extra_args)
-        due = plan.rank.size
-        fill = lambda q: jnp.full_like(q, due)
-        units = sum(q.size for q in jax.tree.leaves(plan.quotas))
         plan = plan._replace(
             step=optax.safe_increment(plan.step),
             counts=jax.tree.map(optax.safe_increment, plan.counts),
-            quotas=jax.tree.map(fill, plan.quotas),
-            budget=jnp.full_like(plan.budget, min(units * due, 2**31 - 1)),
         )
         return updates, (plan, inner)
 

@@ -245,6 +245,8 @@ class PriorityPropTrainer:
 
         Args:
           dataloader: any iterable of batches of NumPy, JAX, torch or TensorFlow arrays.
+            What comes from a list or a tuple is read where it lies: nobody should write
+            to it meanwhile. Other iterables may use their memory again.
             A batch is ``(inputs, labels)``, a mapping with one of ``"inputs"``,
             ``"x"``, ``"image"`` and one of ``"labels"``, ``"y"``, ``"label"``, or for
             ``loss_fn(model, batch, rng)`` any pytree of arrays.
