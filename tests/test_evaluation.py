@@ -421,6 +421,8 @@ def test_the_winner_reaches_the_target_most_often_then_fastest_then_best():
     assert rate([miss, worse], 0.05) == 3.0  # a tie in time
     unlucky = [fast, tuning(2.0, (1, 3), (0.1, 0.2), seed=1001)]
     assert rate([*unlucky, slow, tuning(1.0, (1, 5), (0.1, 0.9), seed=1001)]) == 1.0
+    both = [slow, tuning(1.0, (1, 5), (0.1, 0.2), seed=1001)]
+    assert rate([*both, fast]) == 1.0  # of which there is one seed only
     lucky = tuning(5.0, (1, 2), (0.9, 0.7))  # and has lost it again
     assert rate([slow, lucky]) == 1.0 and rate([miss, lucky]) == 3.0
     assert _records.winner([record()], 0.8) is None  # not a tuning run

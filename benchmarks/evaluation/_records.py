@@ -128,7 +128,8 @@ def winner(records: Sequence[Mapping[str, Any]], target: float) -> Settings | No
 
     In as many runs as possible; among equals the least mean time; and where none
     reaches it, the best quality at the end. A run that has lost the target again at its
-    end was lucky at an evaluation, and does not count. The seed is that of the first.
+    end was lucky at an evaluation, and does not count. Where some settings were run with
+    more seeds than others, only those compete. The seed is that of the first.
     """
     runs: dict[Settings, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -144,5 +145,7 @@ def winner(records: Sequence[Mapping[str, Any]], target: float) -> Settings | No
         times = [t.cpu_s for r in held if (t := time_to(r, target))]
         return len(times) / len(group), -mean(times) if times else 0.0, mean(final)
 
-    best = max(runs, key=merit, default=None)
+    most = max(map(len, runs.values()), default=0)
+    tried = [settings for settings, group in runs.items() if len(group) == most]
+    best = max(tried, key=merit, default=None)
     return best and best._replace(seed=runs[best][0]["seed"])
