@@ -128,8 +128,8 @@ def winner(records: Sequence[Mapping[str, Any]], target: float) -> Settings | No
 
     In as many runs as possible; among equals the least mean time; and where none
     reaches it, the best quality at the end. A run that has lost the target again at its
-    end was lucky at an evaluation, and does not count. Where some settings were run with
-    more seeds than others, only those compete. The seed is that of the first.
+    end was lucky at an evaluation, and does not count. Where some settings have more
+    seeds than others, only those compete. The seed is that of the first.
     """
     runs: dict[Settings, list[Mapping[str, Any]]] = {}
     for record in records:

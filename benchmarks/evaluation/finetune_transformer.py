@@ -18,8 +18,8 @@ from .finetune_cnn import arms as arms
 
 
 FILE = "tinyshakespeare.txt"
-# The last: the best that full fine-tuning got in the grid, minus 0.1 point (small scale;
-# 0.4513 with seed 1000).
+# The last: the best that full fine-tuning got in the grid, minus 0.1 point (small
+# scale; 0.4513 with seed 1000).
 TARGETS = (0.437, 0.4503)
 CHARACTERS = 128  # ASCII
 LAYERS, HEADS = 4, 4

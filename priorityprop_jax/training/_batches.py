@@ -663,6 +663,7 @@ def _mark_last(items: Generator[Batch]) -> Generator[Batch]:
             except BaseException:
                 yield held
                 raise
-            ends = following is None or following.epoch != held.epoch
-            yield held._replace(last=ends)
+            if following is None or following.epoch != held.epoch:
+                held = held._replace(last=True)
+            yield held
             held = following

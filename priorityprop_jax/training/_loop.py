@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._batches import feed, length
+from ._batches import Batch, feed, length
 from ._metrics import Background, CompileClock, Means
 from ._objective import STEPS
 from ._progress import Progress
@@ -51,6 +51,8 @@ class Loop:
         self.trainer, self.dataloader, self.stop_epoch = trainer, dataloader, stop_epoch
         self.eval_data, self.callbacks, self._saved = eval_data, callbacks, saved
         self._queue, self._group, self._stop = Background(), Means(), ""
+        self._waits = trainer.placement.shares_threads
+        self._done: Batch | None = None  # the last batch that is done with
         # For the bar, as last known: loss, share of updates, of FLOPs saved.
         self._shown: tuple[float | None, ...] = (None, None, None)
 
@@ -73,12 +75,7 @@ class Loop:
                 self._step(batch)
                 if batch.last:
                     self._end_epoch()
-                t.place = {
-                    "start_epoch": batch.epoch + batch.last,
-                    "start_batch": 0 if batch.last else batch.index + 1,
-                    "size": batch.size,
-                    "state": batch.state,
-                }
+                self._done = batch
                 if self._saved is not None:
                     self._saved.maybe_save(t.step, tree_of(t), self._meta)
                 if signal.is_set(t.step):
@@ -93,6 +90,14 @@ class Loop:
 
     def _meta(self) -> dict[str, Any]:
         self._settle()
+        done = self._done
+        if done is not None:
+            self.trainer.place = {
+                "start_epoch": done.epoch + done.last,
+                "start_batch": 0 if done.last else done.index + 1,
+                "size": done.size,
+                "state": done.state,
+            }
         return meta_of(self.trainer)
 
     def _feed(self, replay: bool) -> Any:
@@ -118,11 +123,13 @@ class Loop:
 
     def _step(self, batch: Any) -> None:
         t = self.trainer
-        t.build(batch)
+        if self._done is None:
+            t.build(batch)
         t.params, t.opt_state, metrics = t.train_step(
             t.params, t.opt_state, t.state, batch.data, batch.weights, np.int32(t.step)
         )
-        t.placement.wait(metrics.loss)
+        if self._waits:
+            t.placement.wait(metrics.loss)
         t.state, sums = metrics.aux
         t.step += 1
         # On the host in static mode, where the step itself keeps an account.
@@ -131,8 +138,10 @@ class Loop:
         cycle, left = divmod(t.step, t.recalc_every)
         if not left and t.history.wants_cycle(cycle - 1):
             self._queue.push(cycle - 1, t.snapshot())
-        self._read(self._queue.pop())
-        self._bar.update(batch.epoch + 1, t.step, *self._shown)
+        if self._queue.is_due:
+            self._read(self._queue.pop())
+        if self._bar.is_on:
+            self._bar.update(batch.epoch + 1, t.step, *self._shown)
 
     def _read(self, arrived: Any) -> None:
         t = self.trainer

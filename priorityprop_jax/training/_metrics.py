@@ -42,9 +42,14 @@ class Background:
                     x.copy_to_host_async()
         self._queue.append((tag, tree))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `pop` has something to give."""
+        return len(self._queue) > 2 * self._delay
+
     def pop(self, everything: bool = False) -> Iterator[tuple[Any, Any]]:
         """Pairs of tag and NumPy arrays: those old enough, or all of them."""
-        if not everything and len(self._queue) <= 2 * self._delay:
+        if not everything and not self.is_due:
             return
         while len(self._queue) > (0 if everything else self._delay):
             tag, tree = self._queue.popleft()

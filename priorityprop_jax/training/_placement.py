@@ -190,15 +190,21 @@ class Placement:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._whole)
 
+    @property
+    def shares_threads(self) -> bool:
+        """Whether the devices are parts of one CPU."""
+        if self.mesh is None or self.mesh.size == 1:
+            return False
+        return self.mesh.devices.flat[0].platform == "cpu"
+
     def wait(self, step: Any) -> None:
         """Waits for a step where the devices are parts of one CPU.
 
         They share its threads, and steps queued behind one another can take all of them
         while they wait for each other. Other devices are not waited for.
         """
-        if self.mesh is not None and self.mesh.size > 1:
-            if self.mesh.devices.flat[0].platform == "cpu":
-                jax.block_until_ready(step)
+        if self.shares_threads:
+            jax.block_until_ready(step)
 
     @property
     def on_host(self) -> bool:

@@ -60,6 +60,11 @@ class Progress:
         )
         self._done = initial
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
     def update(
         self,
         epoch: int,

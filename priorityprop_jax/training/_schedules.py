@@ -137,7 +137,7 @@ def everything(
     tx = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
-        plan = schedule.init(params)
+        plan: Any = schedule.init(params)
         due = plan.rank.size
         units = sum(q.size for q in jax.tree.leaves(plan.quotas))
         plan = plan._replace(

@@ -223,18 +223,17 @@ class TrainStep:
             self._decide_early(place, np.size(leaves[place.rank]))
             if self.mode == "dynamic":
                 return self._dynamic(*call, **kwargs)
-        length = np.size(leaves[place.rank])
-        cycle = self._recall(place, leaves) if length > 1 else _Cycle(0, None, {})
-        r = cycle.step % length
         self._calls += 1
-        if r and not cycle.plan:
-            cycle = self._plan(cycle, length, call, kwargs)
-            if self.mode == "dynamic":
-                return self._dynamic(*call, **kwargs)
-        if r:
-            due, variant = cycle.plan[r]
-        else:
-            due, variant = self._first(structure)
+        (length,), cycle = leaves[place.rank].shape, None
+        due, variant = self._first(structure)
+        if length > 1:
+            cycle = self._recall(place, leaves)
+            if r := cycle.step % length:
+                if not cycle.plan:
+                    cycle = self._plan(cycle, length, call, kwargs)
+                    if self.mode == "dynamic":
+                        return self._dynamic(*call, **kwargs)
+                due, variant = cycle.plan[r]
         program = self.variants.get(variant) or self._program(variant)
         if self._ahead and variant in self._ahead:
             self._ahead.pop(variant).result()
@@ -242,7 +241,7 @@ class TrainStep:
         metrics = metrics._replace(due=_by_leaf(due))
         self.account[due] += 1
         self.computed[variant.mask] += 1
-        if length > 1:
+        if cycle is not None:
             cycle = cycle._replace(step=min(cycle.step + 1, _LAST))
             if summary:
                 cycle = cycle._replace(summary=summary[0], plan={})
