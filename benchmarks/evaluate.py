@@ -227,15 +227,20 @@ def _flops_per_step(job: Job, policy: str) -> float:
 
 
 def _workloads(args: argparse.Namespace) -> Iterator[tuple[str, list, Any]]:
-    """Name, runs on file and targets of what there are results of."""
+    """Name, runs on file and targets of what there are results of at this scale."""
     from evaluation import _records, _workload
 
     for name in [args.workload] if args.workload else _workload.WORKLOADS:
         path = _records.path_of(name, args.out)
-        if records := _records.read(path):
+        records = [r for r in _records.read(path) if r["scale"] == args.scale]
+        if records:
             yield name, records, tuple(records[-1]["targets"])
         elif args.workload:
-            raise ValueError(f"{path} has no runs")
+            raise ValueError(f"{path} has no runs at the scale {args.scale!r}")
+
+
+def _marked(name: str, scale: str) -> str:
+    return name if scale == "small" else f"{name}-{scale}"
 
 
 def table(args: argparse.Namespace) -> None:
@@ -245,8 +250,9 @@ def table(args: argparse.Namespace) -> None:
         text = _tables.report(records, targets, args.scale)
         print(f"## {name}\n\n{text}\n")
         readme = Path(__file__).with_name("README.md")
-        if args.write and not _tables.write(readme, name, text):
-            print(f"note: README.md has no marker for {name}")
+        marker = _marked(name, args.scale)
+        if args.write and not _tables.write(readme, marker, text):
+            print(f"note: README.md has no marker for {marker}")
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -254,7 +260,7 @@ def plot(args: argparse.Namespace) -> None:
 
     policies = args.policies and args.policies.split(",")
     for name, records, targets in _workloads(args):
-        path = _records.path_of(name, args.out).with_suffix(".png")
+        path = _records.path_of(_marked(name, args.scale), args.out).with_suffix(".png")
         if not any(r["purpose"] == "test" for r in records):
             print(f"{name}: no runs on file")
             continue

@@ -1,5 +1,6 @@
 """The evaluation's harness, on a net that trains in no time; no clock is asserted."""
 
+import argparse
 import itertools
 import json
 import math
@@ -172,6 +173,17 @@ def test_tables_and_pictures_come_from_the_lines(command, tmp_path, capsys):
     assert "To quality 0.8" in out and "4 runs" in out
     command("plot", "mnist_mlp")
     assert (tmp_path / "mnist_mlp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_scale_has_its_own_targets(tmp_path):
+    large = {**record(), "scale": "large", "targets": [0.25]}
+    for line in (record(), large):
+        _records.append(tmp_path / "embedding.jsonl", line)
+    for scale, targets in [("small", (0.6, 0.8)), ("large", (0.25,))]:
+        args = argparse.Namespace(workload="embedding", scale=scale, out=tmp_path)
+        ((name, found, aims),) = evaluate._workloads(args)
+        assert (name, len(found), aims) == ("embedding", 1, targets)
+        assert found[0]["scale"] == scale
 
 
 @pytest.mark.parametrize(
