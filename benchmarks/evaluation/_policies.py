@@ -22,6 +22,7 @@ from priorityprop_jax import (
     priority_prop,
     Score,
 )
+from priorityprop_jax.presets import from_scratch
 
 from ._workload import Workload
 
@@ -218,10 +219,9 @@ def _muon(workload: Workload, settings: Settings) -> Any:
 def budgeted(
     name: str,
     transformation: Callable[[Workload, Settings], optax.GradientTransformation],
-    cycle: int = CYCLE,
     about: str = "",
 ) -> Arm:
-    """`make_train_step` with a transformation whose cycles have so many steps."""
+    """`make_train_step` with a transformation that holds a schedule."""
 
     def start(workload, settings):
         costs = costs_of(*_size(workload, settings))
@@ -233,6 +233,9 @@ def budgeted(
             max_variants=MAX_VARIANTS,
             compile_ahead=False,  # its threads would compile on the clock of others
         )
+        params = _fresh(workload, settings)
+        state = tx.init(params)
+        cycle = optax.tree.get(state, "rank").size
 
         def step(run, i, batch):
             params, opt_state, metrics = update(run.params, run.opt_state, batch)
@@ -257,9 +260,8 @@ def budgeted(
                     total += n * compiled_flops(jitted, *arguments)
             return total if not any(left.values()) else None
 
-        params = _fresh(workload, settings)
         return Program(
-            Run(params, tx.init(params)),
+            Run(params, state),
             step,
             lambda run: run.params,
             flops,
@@ -294,6 +296,17 @@ def _of(**options: Any) -> Callable[[Workload, Settings], Any]:
 _WITHOUT_COUNT = Score(
     lambda magnitudes: (), lambda x, state: (x.magnitudes * x.depth_factors, state)
 )
+
+
+def _preset(workload: Workload, settings: Settings) -> Any:
+    """`presets.from_scratch`."""
+    costs = costs_of(*_size(workload, settings))
+    seen = settings.steps * settings.batch_size
+    # Examples made afresh for each step never come twice.
+    epochs = seen / workload.examples if workload.examples else 1.0
+    adam = functools.partial(optax.adam, b2=workload.b2)
+    rate, steps = schedule(workload, settings), settings.steps
+    return from_scratch(adam, rate, steps, costs, epochs, cycle=CYCLE).tx
 
 
 def _lisa(workload: Workload, settings: Settings) -> Any:
@@ -542,12 +555,13 @@ ARMS: Mapping[str, Arm] = {
             about="costs_65 without the depth factor",
         ),
         budgeted("random", _lisa, about="LISA: 50 % of updates, drawn at random"),
-        budgeted("cyclic", _badam, BLOCK_CYCLE, "BAdam: a layer at a time, 50 steps"),
+        budgeted("cyclic", _badam, about="BAdam: a layer at a time, 50 steps"),
         budgeted(
             "taylor",
             _of(budget=0.65, costs=True, magnitude="taylor", score="gradient"),
             about="ElasticTrainer's gain, 65 % of FLOPs",
         ),
+        budgeted("from_scratch", _preset, about="the preset for training from scratch"),
         _freeze_out("freezeout", 0.5),
         _freeze_out("freezeout_80", 0.8),
         _auto_freeze("autofreeze"),
