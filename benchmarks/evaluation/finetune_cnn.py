@@ -221,7 +221,7 @@ def tuning(
             steps=settings.steps,
             num_examples=workload.examples if cached else None,
             active=mask,
-            least_saving=0.05 if mask is None else 0.0,
+            **({} if mask is None else {"least_saving": 0.0}),
         )
         # By mask, in how many steps; the same for all runs of this program.
         account: collections.Counter[Any] = collections.Counter()
