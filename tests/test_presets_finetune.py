@@ -243,3 +243,82 @@ def test_promising_stops_at_the_bound():
 def test_refuses(bad, error, words):
     with pytest.raises(error, match=words):
         preset(**bad)
+
+
+# --- what it takes to reach a target
+
+
+def shared_first(params, x):
+    """Two layers that see 32 positions each: they cost much, and hold few weights."""
+    x = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]).mean(1)
+    x = jnp.tanh(jnp.tanh(3 * x @ params[2]) @ params[3])
+    return x @ params[4]
+
+
+def alike(params, x):
+    """Layers of which each costs about as much as the next."""
+    x = x.mean(1)
+    for w in params[:-1]:
+        x = jnp.tanh(x @ w)
+    return x @ params[-1]
+
+
+NETS = {  # and whether layers rest
+    "shared_first": (shared_first, [6, 24, 24, 64, 64, 2], True),
+    "alike": (alike, [6, 64, 64, 64, 64, 64, 64, 2], False),
+}
+
+
+def until(target, losses, costs):
+    """What was spent until the mean of the last ten losses was low enough."""
+    means = np.convolve(losses, np.ones(10) / 10, "valid")
+    assert means.min() <= target
+    return np.cumsum(costs)[9 + int(np.argmax(means <= target))]
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_guard_bounds_the_cost_to_a_target(net, rotated):
+    """At most 5 % more than with the optimizer alone, counted in FLOPs.
+
+    The new task needs the same features, of the same inputs or of rotated ones.
+    """
+    apply, sizes, rests = NETS[net]
+    steps, random = 400, np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    old = [draw(m, n) / m**0.5 for m, n in pairs]
+    start = [*old[:-1], 0 * old[-1]]
+    inputs = draw(400, 32, 6) + draw(400, 1, 6)
+    x, y = np.asarray(inputs), np.asarray(apply(old, inputs))
+    x = x @ np.linalg.qr(np.asarray(draw(6, 6)))[0] if rotated else x
+    ids = [random.integers(0, len(x), 16) for _ in range(steps)]
+    adam = optax.adam(optax.linear_schedule(3e-3, 0.0, steps))
+
+    def loss(params, x, y):
+        return jnp.mean((apply(params, x) - y) ** 2)
+
+    @jax.jit
+    def plain(params, state, x, y):
+        value, gradients = jax.value_and_grad(loss)(params, x, y)
+        updates, state = adam.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    params, state, by_plain = start, adam.init(start), []
+    for i in ids:
+        params, state, value = plain(params, state, x[i], y[i])
+        by_plain.append(float(value))
+    costs = backward_costs(loss, start, x[:16], y[:16])
+    tuning = finetune(loss, adam, start, x[:16], y[:16], steps=steps)
+    params, losses, spent = jax.tree.map(jnp.copy, start), [], []
+    state = tuning.init(params)
+    for i in ids:
+        params, state, value = tuning.step(params, state, None, x[i], y[i])
+        losses.append(float(value))
+        mask = None if tuning.plan is None else tuning.plan.active.tree
+        spent.append(costs.full if mask is None else costs.flops(mask))
+    assert all(tuning.plan.active.leaves) != rests, tuning.plan.reason
+    for part in (0.5, 0.1, 0.03):
+        target = part * by_plain[0]
+        most = until(target, by_plain, np.full(steps, costs.full))
+        assert until(target, losses, spent) <= 1.05 * most

@@ -249,7 +249,7 @@ def finetune(
     steps: int,
     num_examples: int | None = None,
     active: Any = None,
-    probe: int = 10,
+    probe: int = 5,
     most_lost: float = 0.28,
     least_saving: float = 0.2,
     measure: int = 0,
