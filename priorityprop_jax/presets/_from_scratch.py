@@ -88,7 +88,9 @@ def from_scratch(
       the 12 % saved was lost again: next to plain Adam in a run of equal cost, this had
       0.92x to 1.00x of the speed to equal accuracy (standard error 0.04), and 0.85x
       with ``boost=1.4`` in one epoch. At 10 epochs the two were equal (2 seeds). Hence
-      `least_epochs`. A shorter run of plain Adam is the first thing to try.
+      `least_epochs`. In longer runs, too, training losses near the lowest that plain
+      Adam gets to take more than what is saved, or are not reached. A shorter run of
+      plain Adam is the first thing to try.
 
     Args:
       optimizer: makes an optax transformation of a learning rate: `optax.adam`, or
