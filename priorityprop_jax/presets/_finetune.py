@@ -115,9 +115,9 @@ class FineTune:
           *batch: the other arguments of the loss.
         """
         probe = self._settings.probe
+        nobody = self._treedef.unflatten([None] * self._treedef.num_leaves)
         if state.step < probe:
-            none = self._treedef.unflatten([None] * self._treedef.num_leaves)
-            args = params, none, state.inner, *batch
+            args = params, nobody, state.inner, *batch
             params, inner, value, new = self._probe(*args)
             if self._settings.num_examples is not None:
                 self._seen.append((ids, batch))
@@ -129,6 +129,10 @@ class FineTune:
             self.plan = self._decide(gains, params, batch)
             self._decided = gains.tobytes()
         plan, inner = self.plan, state.inner
+        if all(plan.active.leaves):
+            self._seen.clear()
+            params, inner, value, _ = plan.update(params, nobody, inner, *batch)
+            return params, FineTuneState(state.step + 1, gains, inner, None), value
         active, resting = _parts(params, plan.active)
         if state.start is not None:
             resting = _parts(state.start, plan.active)[1]  # as they were pretrained
