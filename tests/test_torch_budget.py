@@ -694,3 +694,23 @@ def test_nonfinite_gradients_sit_out_the_first_step():
     assert torch.equal(model[4].bias, before)
     assert budget.state.nonfinite.tolist() == [0, 0, 0, 0, 0, 1]
     assert not torch.equal(model[4].weight, mlp()[4].weight)
+
+
+def test_counters_stop_at_the_largest_integer():
+    """Whether the state is looked at after each step or at the end."""
+    model = mlp()
+    optimizer = sgd(model)
+    settings = dict(min_updates=4, max_updates=4, recalc_every=4)
+    budget = make(model, optimizer, budget=1.0, **settings)
+    take(budget, model, optimizer, batches(1)[0])
+    most, seen = 2**31 - 1, []
+    old = budget.state_dict()
+    late = {**old, "step": most - 2, "counts": [most - 2] * len(old["counts"])}
+    for looks in (True, False):
+        budget.load_state_dict(late)
+        for x in batches(5):
+            take(budget, model, optimizer, x)
+            if looks:
+                seen.append(int(budget.state.step))
+        assert budget.state.step == most and (budget.state.counts == most).all()
+    assert seen == [most - 1, most, most, most, most]

@@ -281,9 +281,8 @@ def finetune(
     predicted to cost less than ``(1 - least_saving) a`` of the full one, averaged over
     the run. Else nothing rests, and the run is that of the plain optimizer, step for
     step. That what is left to train gets as far as all would is a guess from the gains
-    of the first steps: small nets that were pretrained on little took up to 1.8 times
-    as long to a target where they rested to save a fifth of a step, so that much is not
-    enough. Both numbers were set by two small workloads and a few nets of that kind.
+    of the first steps. Both numbers were set by two small workloads, and by a few small
+    nets to which resting that saved a fifth of a step did more harm than good.
 
     Args:
       loss: ``loss(params, *batch)``, a scalar, the mean over examples.
